@@ -1,17 +1,16 @@
 """What the five methods share, because it can move a number without being the method.
 
-CLIP and its two towers, data sets and few-shot picks, augmentation, optimiser and schedule,
-evaluation and the record of a run. A method is one file beside this one: copy the two together.
-
     python common.py --dataset caltech101 [--ensemble]     # zero-shot CLIP
     python common.py report [--plot accuracy.png]          # the table of all recorded runs
 
 Letters: B batch, K classes, M context vectors, G contexts, P rows of a prefix or prompt, S rows
 of a suffix, N patches, d width of a tower, D joint width; f image features, w text features.
 Official files are those of KaiyangZhou/CoOp ff61507 and KaiyangZhou/Dassl.pytorch c61a1b5.
+Tools that no number depends on lie in tests/: a method's file and this one run without them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import fcntl
@@ -32,7 +31,6 @@ import time
 import warnings
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -48,12 +46,12 @@ from torchvision.transforms import functional as vision
 from tqdm import tqdm
 
 try:
-    from tests import shapes  # the default data set and its tiny CLIP; absent beside a copied file
+    from tests import shapes  # the default data set and its tiny CLIP
 except ImportError:
     shapes = None
 
-# Data set, folder below --data, images below that, reader: split_zhou_<reader>.json where the last
-# column is that file's git blob id.
+# Data set, folder below --data, images below that, and a reader: wnids, aircraft, or the <name> of
+# split_zhou_<name>.json followed by that file's git blob id.
 TABLE = """
 imagenet        imagenet             images                                  wnids
 caltech101      caltech-101          101_ObjectCategories   Caltech101             8be694a80de04a39
@@ -84,8 +82,9 @@ TEMPLATES = {  # CoOp's CUSTOM_TEMPLATES (trainers/zsclip.py); PHOTO for the oth
 }
 SEVEN = [t("{}") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # CoOp's ensemble
 IMAGE_TYPES = set(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as Dassl
-HERE = Path(__file__).parent
+PARTS = "train", "val", "test"
 Dataset = namedtuple("Dataset", "name train val test classnames template")
 Names = namedtuple("Names", "sos tail eot length")
 
@@ -94,7 +93,7 @@ class Error(ValueError):
     """Bad input: one line that names the thing and the way out."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     dataset: str = "shapes"  # a data set's name or a folder of yours; a comma list makes a grid
     shots: int = 16  # training images per class; a comma list makes a grid
@@ -129,33 +128,23 @@ UPKEEP |= set("predict names json interpret attention task".split())
 
 def cli(cls, argv=None):
     """Command line -> cls, a Config: the comment after a field is its help, unknown flags end it.
-
-    --shots and --seed take comma lists, which then come back as lists of int.
-    """
+    --shots and --seed take comma lists, which come back as lists of int."""
     source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])
     notes = dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.M))
-    parser = argparse.ArgumentParser(
-        description=sys.modules[cls.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    form, about = argparse.RawDescriptionHelpFormatter, sys.modules[cls.__module__].__doc__
+    parser = argparse.ArgumentParser(description=about, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: stop(f"{message}; --help lists every option")
     for field in dataclasses.fields(cls):
-        kind = {"type": field.type, "metavar": field.type.__name__.upper()}
+        kind = {"type": field.type, "metavar": getattr(field.type, "__name__", "").upper()}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif get_args(field.type):
-            kind = {"choices": get_args(field.type)}
+        elif choices := get_args(field.type):
+            kind = {"choices": choices}
         elif field.name in ("shots", "seed"):
-            kind = {"type": lambda text: one_or_list(map(int, text.split(","))), "metavar": "N,.."}
+            kind = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,.."}
         note = notes.get(field.name, "").replace("%", "%%") + f" [{field.default}]"
         parser.add_argument(f"--{field.name}", default=field.default, help=note, **kind)
     return cls(**vars(parser.parse_args(argv)))
-
-
-def one_or_list(values):
-    values = list(values)
-    return values if len(values) > 1 else values[0]
 
 
 def stop(message):
@@ -164,64 +153,56 @@ def stop(message):
     raise SystemExit(2)
 
 
-def method_name(cfg):
-    stem = Path(inspect.getfile(type(cfg))).stem
-    return "zero-shot" if stem == "common" else stem
-
-
 def run_folder(cfg):
     """runs/<method>/<dataset>/<name>; the name holds every option that changes what is learned."""
-    parts = [f"{cfg.shots}shots", f"seed{cfg.seed}"] + ["base"] * (cfg.classes == "base")
+    name = f"{cfg.shots}shots_seed{cfg.seed}"
     for field in dataclasses.fields(cfg):
-        if field.name not in UPKEEP | {"shots", "seed", "classes"}:
-            if (value := getattr(cfg, field.name)) != field.default:
-                parts.append(f"{field.name}={value}")
-    place = [
-        re.sub(r"[^\w.=+,-]+", "-", text).strip("-.") for text in (cfg.dataset, "_".join(parts))
-    ]
-    place = [t if len(t) < 150 else t[:130] + hashlib.md5(t.encode()).hexdigest() for t in place]
-    return Path(cfg.out, method_name(cfg), *place)
+        value = getattr(cfg, field.name)
+        if field.name not in UPKEEP | {"shots", "seed"} and value != field.default:
+            name += f"_{field.name}={value}"
+    place = [re.sub(r"[^\w.=+,-]+", "-", part).strip("-.") for part in (cfg.dataset, name)]
+    place = [p if len(p) < 150 else p[:110] + hashlib.md5(p.encode()).hexdigest() for p in place]
+    return Path(cfg.out, method(cfg), *place)
 
 
-# --- CLIP
+def method(cfg):
+    return Path(inspect.getfile(type(cfg))).stem.replace("common", "zero-shot")
 
 
 @functools.lru_cache(1)
 def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     """Loads an open_clip model of class CLIP, frozen and in eval mode.
-
     model: open_clip name, "local-dir:DIR" or "hf-hub:NAME"; pretrained: tag, file, "" for random
     weights. QuickGELU follows the tag (open_clip only warns). precision "amp" (fp16) or "bf16" hold
     the matrices of both towers in half precision and all else in fp32. The model also carries
     .tokenize, .half_dtype (None in fp32) and .fingerprint (of the fp32 weights).
-    Raises Error for a device that is not there and for an unknown or unsupported model.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise Error(f"--device {device} is not to be had here; try --device cpu") from None
+    Raises Error for a device that is not there and for an unknown or unsupported model."""
     known = open_clip.list_models()
     if ":" not in model and model not in known:
-        near = difflib.get_close_matches(model, known, 3, 0.3)
-        raise Error(f"--model {model}: open_clip has no such model; near it: {', '.join(near)}")
+        near = ", ".join(difflib.get_close_matches(model, known, 3, 0.3))
+        raise Error(f"--model {model}: open_clip has no such model; near it: {near}")
     tag = open_clip.get_pretrained_cfg(model, pretrained) if ":" not in model else {}
     gelu = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
+    tag = pretrained if ":" not in model else None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            clip = open_clip.create_model(model, pretrained or None, **gelu)
-        clip.tokenize = open_clip.get_tokenizer(model)
+        torch.empty(0, device=device)
+        with warnings.catch_warnings(action="ignore"):
+            clip = open_clip.create_model(model, tag or None, **gelu)
+        clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
     except Exception as problem:  # open_clip raises many kinds
-        raise Error(f"--model {model} --pretrained {pretrained}: {problem}") from problem
-    clip.requires_grad_(False).eval().half_dtype = None
-    if type(clip) is not open_clip.CLIP or not _reproduced(clip):
-        why = "its towers are not those of OpenAI's CLIP (causal text, feature at the EOT; ViT, ResNet)"
-        why = (
-            why
-            if type(clip) is open_clip.CLIP
-            else f"{type(clip).__name__} is not open_clip's CLIP"
-        )
-        raise Error(f"--model {model} is not supported: {why}")
+        what = f"--model {model} --pretrained {pretrained} --device {device}"
+        raise Error(f"{what}: {problem}") from problem
+    clip.requires_grad_(False).eval()
+    try:  # the towers below must give the model's own features
+        ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
+        x, image = clip.token_embedding(ids), torch.rand(1, 3, size, size)
+        ours = encode_text(clip, x[:, :1], x[:, 1:], ids.argmax(1)), encode_image(clip, image)
+        theirs = clip.encode_text(ids), clip.encode_image(image)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError):
+        why = "is not of open_clip's class CLIP with a causal text tower and OpenAI's ViT or ResNet"
+        why = f"its {type(clip).__name__} {why}"
+        raise Error(f"--model {model} is not supported: {why}") from None
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -232,32 +213,6 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     return clip.to(device)
 
 
-def _reproduced(clip):
-    """Whether encode_text and encode_image give this model's own features."""
-    try:
-        with torch.no_grad():
-            ids, image = clip.tokenize(["a photo of a dog"]), torch.rand(1, 3, *(2 * [side(clip)]))
-            x = clip.token_embedding(ids)
-            ours = encode_text(clip, x[:, :1], x[:, 1:], ids.argmax(1)), encode_image(clip, image)
-            return all(
-                map(
-                    torch.allclose,
-                    ours,
-                    (clip.encode_text(ids), clip.encode_image(image)),
-                    [1e-3] * 2,
-                    [1e-4] * 2,
-                )
-            )
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        return False
-
-
-def side(clip):
-    """Pixels of the square image that clip sees."""
-    size = clip.visual.image_size
-    return size if isinstance(size, int) else size[0]
-
-
 def autocast(clip):
     """The precision that clip was loaded in, for everything computed inside."""
     device = clip.logit_scale.device.type
@@ -266,10 +221,8 @@ def autocast(clip):
 
 def _block(block, x, past=None, rows=None, mask=None):
     """One frozen pre-LN block on x (B, L, d); past (B, P, 2d): keys and values put in front.
-
     rows: index of the rows of x whose output is wanted (None: all); mask: True = may attend.
-    Returns the rows' output and the keys and values (B, L, 2d) of x.
-    """
+    Returns the rows' output and the keys and values (B, L, 2d) of x."""
     attn, d = block.attn, x.shape[-1]
     y = block.ln_1(x)
     own = kv = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:])
@@ -286,14 +239,12 @@ def _block(block, x, past=None, rows=None, mask=None):
 
 def encode_text(clip, prefix, suffix, eot, group=None):
     """Text features of prefix + suffix, each shared prefix encoded once.
-
     The mask is causal: the tokens before the class name are the same for all classes of a context,
     and nothing after the EOT reaches it. So a prefix runs through the tower once, its keys and
     values are kept, and the suffixes, cut at the last EOT, attend to them.
     prefix (G, P, d), suffix (K, S, d): token embeddings without positions. eot (K,): the EOT's
     position in the whole sequence. group (K,): the prefix of each class (None: row 0).
-    Returns (K, D) fp32 features before normalisation: clip.encode_text of the same sequences.
-    """
+    Returns (K, D) fp32 features before normalisation: clip.encode_text of the same sequences."""
     P, blocks = prefix.shape[1], clip.transformer.resblocks
     S = int(eot.max()) + 1 - P
     place = torch.arange(P + S, device=suffix.device)
@@ -312,14 +263,12 @@ def encode_text(clip, prefix, suffix, eot, group=None):
 
 def encode_image(clip, images, prompts=None, patches=False):
     """Image features, with prompt rows from one hook.
-
     prompts(i, tokens) is asked before block i, and at i = -1 before ln_pre, with the (B, 1 + N, d)
     tokens that are not prompts. The (P, d) or (B, P, d) rows it returns replace the prompt rows;
     None keeps them. Attention is blind to the order of tokens, so the rows stand at the end.
     images (B, 3, H, W), normalised. Returns (B, D) fp32 features before normalisation, without
     prompts those of clip.encode_image; with patches=True also the patches' (B, N, D), through
-    ln_post and the projection. Raises Error for prompts or patches in a ResNet.
-    """
+    ln_post and the projection. Raises Error for prompts or patches in a ResNet."""
     visual = clip.visual
     if not hasattr(visual, "transformer"):
         if prompts or patches:
@@ -329,19 +278,17 @@ def encode_image(clip, images, prompts=None, patches=False):
     with autocast(clip):
         x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
-        x, count = x + visual.positional_embedding, 1 + x.shape[1] - 1
+        x, count = x + visual.positional_embedding, x.shape[1]
 
         def ask(i, x):
             rows = prompts(i, x[:, :count]) if prompts else None
-            if rows is None:
-                return x
-            return torch.cat([x[:, :count], rows.expand(len(x), -1, -1).to(x.dtype)], 1)
+            rows = x[:, count:] if rows is None else rows.expand(len(x), -1, -1).to(x.dtype)
+            return torch.cat([x[:, :count], rows], 1)
 
-        x = visual.ln_pre(ask(-1, x))
-        for i, block in enumerate(visual.transformer.resblocks):
-            end = i + 1 == len(visual.transformer.resblocks) and not patches
-            only = (slice(None), slice(0, 1)) if end else None  # only the class token is needed
-            x, _ = _block(block, ask(i, x), rows=only)
+        x, blocks = visual.ln_pre(ask(-1, x)), visual.transformer.resblocks
+        for i, block in enumerate(blocks):
+            end = i + 1 == len(blocks) and not patches  # there only the class token is needed
+            x, _ = _block(block, ask(i, x), rows=(slice(None), slice(0, 1)) if end else None)
         x = (visual.ln_post(x[:, :count]) @ visual.proj).float()
     return (x[:, 0], x[:, 1:]) if patches else x[:, 0]
 
@@ -352,46 +299,34 @@ def unit_features(clip, images):
         return F.normalize(encode_image(clip, images), dim=-1)
 
 
-def tokenize(clip, texts, names):
-    """(K, L) token ids, cut at the longest. Raises Error naming the class that is too long."""
+def embed_names(clip, names, n_ctx, template="{}."):
+    """What surrounds a learned context in "[SOS] X ... X <name>.", with n_ctx places X.
+    Returns sos (1, 1, d); tail (K, S, d): name, ".", EOT, padding; eot (K,): the EOT's position;
+    length (K,): tokens of the name, counted in the sentence, where a "." may merge with its own.
+    Raises Error naming a class whose sentence is too long."""
+    names = [name.replace("_", " ") for name in names]
+    texts = [" ".join(["X"] * n_ctx + [template.format(name)]) for name in names]
     for text, name in zip(texts, names, strict=True):
         if len(clip.tokenize.encode(text)) + 2 > clip.context_length:
             limit = f"{clip.context_length} tokens with its context"
             raise Error(f"class name {name[:60]!r} is too long for {limit}; shorten it")
-    ids = clip.tokenize(texts)
-    return ids[:, : int(ids.argmax(1).max()) + 1].to(clip.logit_scale.device)
-
-
-def zero_shot_weights(clip, dataset, templates=None):
-    """(K, T, D) unit text features of each class in the T templates (None: the data set's own)."""
-    names = [c.replace("_", " ") for c in dataset.classnames]
-    w = []
-    for template in templates or [dataset.template]:
-        ids = tokenize(clip, [template.format(c) for c in names], names)
-        with torch.no_grad():
-            x = clip.token_embedding(ids)  # (K, L, d)
-            w.append(F.normalize(encode_text(clip, x[:1, :1], x[:, 1:], ids.argmax(1)), dim=-1))
-    return torch.stack(w, 1)
-
-
-def embed_names(clip, names, n_ctx):
-    """What surrounds a learned context in "[SOS] X ... X <name>.", with n_ctx places.
-
-    Returns sos (1, 1, d); tail (K, S, d): name, ".", EOT, padding; eot (K,): the EOT's position;
-    length (K,): tokens of the name, counted in the sentence, where a "." may merge with its own.
-    """
-    names = [c.replace("_", " ") for c in names]
-    ids = tokenize(clip, [" ".join(["X"] * n_ctx + [f"{c}."]) for c in names], names)
-    x, eot = clip.token_embedding(ids), ids.argmax(1)
+    ids = clip.tokenize(texts).to(clip.logit_scale.device)
+    x, eot = clip.token_embedding(ids[:, : ids.argmax(1).max() + 1]), ids.argmax(1)
     return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, eot - n_ctx - 2)
 
 
-def encode_prompts(clip, names, ctx, group=None, position="end"):
-    """(K, D) features of [SOS] V [CLASS] "." [EOS], before normalisation (official coop.py, forward).
+@torch.no_grad()
+def zero_shot_weights(clip, dataset, templates=None):
+    """(K, T, D) unit text features of each class in the T templates (None: the data set's own)."""
+    templates, empty = templates or [dataset.template], clip.positional_embedding[None, :0]
+    names = [embed_names(clip, dataset.classnames, 0, t) for t in templates]
+    return F.normalize(torch.stack([encode_prompts(clip, n, empty) for n in names], 1), dim=-1)
 
+
+def encode_prompts(clip, names, ctx, group=None, position="end"):
+    """(K, D) features of [SOS] V [CLASS] "." [EOS], before normalisation (official coop.py).
     names: of embed_names; ctx (G, M, d): contexts V; group (K,): the context of each class (None:
-    the first); position: the name at the "end", in the "middle" of V, or in "front" of it.
-    """
+    the first); position: the name at the "end", in the "middle" of V, or in "front" of it."""
     M, suffix = ctx.shape[1], names.tail
     behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
     prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx[:, : M - behind]], 1)
@@ -405,50 +340,46 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
     return encode_text(clip, prefix, suffix, names.eot, group)
 
 
-# --- data sets
-
-
 def load_dataset(name, root="data"):
     """Dataset(name, train, val, test, classnames, template); items are (path, label, classname).
-
     name: one of TABLE, of the shapes world, or a folder of class folders. Only lists are read: a
-    missing image is named when it is opened. Raises Error.
-    """
-    if shapes and name in shapes.TASKS:
-        return _from_folders(name, shapes.write(Path(root), name), shapes.TASKS[name].template)
-    if name not in TABLE:
-        if Path(name).is_dir():
-            return _from_folders(Path(name).resolve().name, Path(name), PHOTO)
-        known = [*TABLE, *(shapes.TASKS if shapes else ())]
-        near = difflib.get_close_matches(name, known, 3, 0.4) or known
-        raise Error(f"no data set or folder {name!r}; known: {', '.join(near)}")
+    missing image is named when it is opened. Raises Error."""
+    task = shapes.TASKS.get(name) if shapes else None
+    if task or name not in TABLE:
+        folder = shapes.write(Path(root), name) if task else Path(name)
+        if not folder.is_dir():
+            known = [*TABLE, *(shapes.TASKS if shapes else ())]
+            near = ", ".join(difflib.get_close_matches(name, known, 3, 0.4) or known)
+            raise Error(f"no data set or folder {name!r}; known: {near}")
+        title, template = (name, task.template) if task else (folder.resolve().name, PHOTO)
+        return _checked(title, _from_folders(folder), template, folder)
     folder, images, reader, *blob = TABLE[name]
     folder, template = Path(root, folder), TEMPLATES.get(name, PHOTO)
-    if not (folder / images / ("cars_train" if images == "." else "")).is_dir():
-        fix = "image-net.org asks for a login; lay out train/ and val/ of class folders there"
-        fix = "--download fetches it" if name != "imagenet" else fix
-        raise Error(f"{name}: no folder {folder / images}; {fix}; --data names its parent")
-    if reader == "wnids":
-        return _from_wnids(name, folder / images, template)
-    if reader == "aircraft":
-        return _from_aircraft(name, folder, template)
-    split = folder / f"split_zhou_{reader}.json"
-    if not split.exists():
+    split, images = folder / f"split_zhou_{reader}.json", folder / images
+    if not (images / ("cars_train" if name == "stanford_cars" else "")).is_dir():
+        fix = ["--download fetches it", "image-net.org has it; needs train/ and val/"][
+            name == "imagenet"
+        ]
+        raise Error(f"{name}: no folder {images}; {fix}; --data names the folder above")
+    if blob and not split.exists():
         tool("download").fetch_split(split, *blob)
     try:
-        splits = [
-            [(str(folder / images / path), label, c) for path, label, c in part]
-            for part in itertools.starmap(json.loads(split.read_text("utf-8")).__getitem__, PARTS)
-        ]
-        for path, label, c in itertools.chain(*splits):
-            if type(label) is not int or label < 0 or type(c) is not str or ".." in path:
-                raise ValueError(f"item {(path, label, c)}")
-    except (ValueError, TypeError, LookupError, AttributeError) as problem:
-        raise Error(f"{split} is no split file ({problem}); delete it to get it anew") from None
-    return _checked(name, splits, template, split)
-
-
-PARTS = [("train",), ("val",), ("test",)]
+        if blob:
+            parts = json.loads(split.read_text("utf-8"))
+            parts = [[(f"{images}/{i}", y, str(c)) for i, y, c in parts[p]] for p in PARTS]
+            if not all(type(y) is int and y >= 0 for part in parts for _, y, _ in part):
+                raise ValueError("a label is not 0, 1, ...")
+        elif reader == "aircraft":
+            variants = (folder / "variants.txt").read_text("utf-8").splitlines()
+            lines = [(folder / f"images_variant_{p}.txt").read_text().splitlines() for p in PARTS]
+            pairs = [[line.split(" ", 1) for line in part] for part in lines]
+            parts = [[(f"{images}/{i}.jpg", variants.index(v), v) for i, v in p] for p in pairs]
+        else:
+            parts = _from_wnids(name, images)
+    except (OSError, ValueError, TypeError, LookupError) as problem:
+        source = split if blob else folder
+        raise Error(f"{source} is not as published ({problem}); get it anew") from None
+    return _checked(name, parts, template, split if blob else folder)
 
 
 def _checked(name, splits, template, source):
@@ -457,98 +388,60 @@ def _checked(name, splits, template, source):
     trained = {label for _, label, _ in splits[0] or splits[2]}
     if len(names) < 2:
         raise Error(f"{source}: fewer than two classes; nothing to tell apart")
-    for label in range(max(names) + 1):
-        if label not in trained:
-            raise Error(f"{source}: class {names.get(label, label)!r} has no image to train on")
+    if missing := sorted(set(range(max(names) + 1)) - trained):
+        raise Error(f"{source}: class {names.get(*missing[:1] * 2)!r} has no image to train on")
     first = (splits[0] or splits[2])[0][0]
     if not Path(first).is_file():
         raise Error(f"{source} names {first}, which is not there; is the download whole?")
     return Dataset(name, *splits, [names[label] for label in sorted(names)], template)
 
 
-def _from_aircraft(name, folder, template):
-    try:
-        variants = (folder / "variants.txt").read_text("utf-8").splitlines()
-        pairs = [
-            [line.split(" ", 1) for line in (folder / f"images_variant_{p}.txt").open()]
-            for p in ("train", "val", "test")
-        ]
-        splits = [
-            [(f"{folder}/images/{i}.jpg", variants.index(v.strip()), v.strip()) for i, v in part]
-            for part in pairs
-        ]
-    except (OSError, ValueError) as problem:
-        raise Error(f"{name}: {problem}; {folder} must hold the archive's data/ folder") from None
-    return _checked(name, splits, template, folder)
-
-
 def listed(folder, folders=False):
     """Sorted names of the images (or folders) in folder, stray and hidden ones left out."""
-    with os.scandir(folder) as entries:
-        return sorted(
-            e.name
-            for e in entries
-            if not e.name.startswith(".")
-            and (e.is_dir() if folders else Path(e.name).suffix.lower() in IMAGE_TYPES)
-        )
+    found = [e for e in (os.scandir(folder) if folder.is_dir() else ()) if e.name[0] != "."]
+    if folders:
+        return sorted(e.name for e in found if e.is_dir())
+    return sorted(e.name for e in found if Path(e.name).suffix.lower() in IMAGE_TYPES)
 
 
-def _from_wnids(name, images, template):
+def _from_wnids(name, images):
     """ImageNet and its variants by WordNet folder; A and R have labels of their own, V2's folders
     are labels. Sorted, where CoOp's listing was not, so its picks depended on the file system."""
     from timm.data import ImageNetInfo
 
-    title = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES, strict=True))
-    key = None
-    if name == "imagenetv2":
-        title, key = {str(i): c for i, c in enumerate(open_clip.IMAGENET_CLASSNAMES)}, int
-    splits = []
-    for part in ("train", None, "val") if name == "imagenet" else (None, None, "."):
-        if part and not (images / part).is_dir():
-            raise Error(f"{name}: no folder {images / part}; it holds one folder per class")
-        found = [c for c in listed(images / part, True) if c in title] if part else []
-        files = {c: listed(images / part / c) for c in sorted(found, key=key)}
-        items = [
-            [(f"{images / part / c}/{f}", i, title[c]) for f in files[c]]
-            for i, c in enumerate(files)
-        ]
-        splits.append(sum(items, []))
-    return _checked(name, splits, template, images)
+    keys = ImageNetInfo().label_names() if name != "imagenetv2" else map(str, range(1000))
+    title = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
+    splits = [[], [], []]
+    for k, part in [(0, "train"), (2, "val")] if name == "imagenet" else [(2, "")]:
+        found = set(listed(images / part, True))
+        for i, c in enumerate(c for c in title if c in found):  # in the order of labels
+            place = images / part / c
+            splits[k] += [(f"{place}/{file}", i, title[c]) for file in listed(place)]
+    return splits
 
 
-def _from_folders(name, folder, template):
+def _from_folders(folder):
     """Class folders in train/, test/ and, if you like, val/; or alone, split 50/20/30 per class."""
     own = (folder / "train").is_dir()
-    names = [("train",), ("val", "valid", "validation"), ("test",)]
-    parts = [next((folder / p for p in some if (folder / p).is_dir()), None) for some in names]
-    if own and not parts[2]:
-        raise Error(f"{folder} has train/ but no test/; add it, or give class folders alone")
-    classes = listed(parts[0] if own else folder, True)
-    splits = [[], [], []]
-    for part in filter(None, parts if own else [folder]):
-        for c in listed(part, True):
-            if c not in classes:
-                raise Error(f"{part / c} is a class that {parts[0]} does not have")
-            items = [(f"{part / c}/{file}", classes.index(c), c) for file in listed(part / c)]
-            if own:
-                splits[parts.index(part)] += items
-                continue
-            random.Random(0).shuffle(items)
-            n, m = round(0.5 * len(items)), round(0.7 * len(items))
-            for split, some in zip(splits, (items[:n], items[n:m], items[m:]), strict=True):
-                split += some
-    for label, c in enumerate(classes):
-        if not any(item[1] == label for item in splits[2]):
-            raise Error(f"{folder}: class {c!r} has no test image; add some or remove the class")
-    return _checked(name, splits, template, folder)
+    classes = listed(folder / "train" if own else folder, True)
+    if own and (odd := set(listed(folder / "test", True)) ^ set(classes)):
+        raise Error(f"{folder}: class {min(odd)!r} is not in both train/ and test/")
+    splits = []
+    for place in [folder / part for part in PARTS] if own else [folder]:
+        files = [[f"{place}/{c}/{file}" for file in listed(place / c)] for c in classes]
+        splits.append([[(f, i, c) for f in files[i]] for i, c in enumerate(classes)])
+    if not own:
+        groups, cuts = splits[0], [(0, 0.5), (0.5, 0.7), (0.7, 1)]
+        for group in groups:
+            random.Random(0).shuffle(group)
+        splits = [[g[round(a * len(g)) : round(b * len(g))] for g in groups] for a, b in cuts]
+    return [sum(groups, []) for groups in splits]
 
 
 def sample_few_shot(dataset, shots, seed):
     """CoOp's few-shot picks (Dassl data/datasets/base_dataset.py, generate_fewshot_dataset).
-
     Per class in order of first appearance, train and then val (at most 4) from one random stream; a
-    class with too few keeps all. shots < 1 keeps everything; test is never sampled.
-    """
+    class with too few keeps all. shots < 1 keeps everything; test is never sampled."""
     rng = random.Random(seed)
 
     def few(items, k):
@@ -565,20 +458,13 @@ def sample_few_shot(dataset, shots, seed):
 
 def subset_classes(dataset, half):
     """The "base" (first and larger) or "new" half of the classes by label, relabelled from 0.
-
-    Source: CoOp datasets/oxford_pets.py, subsample_classes. Use it after sample_few_shot.
-    """
+    Source: CoOp datasets/oxford_pets.py, subsample_classes. Use it after sample_few_shot."""
     labels = sorted({label for _, label, _ in dataset.train or dataset.test})
     m = math.ceil(len(labels) / 2)
     new = {label: i for i, label in enumerate(labels[:m] if half == "base" else labels[m:])}
-    parts = {
-        part: [(path, new[label], c) for path, label, c in getattr(dataset, part) if label in new]
-        for part in ("train", "val", "test")
-    }
-    return dataset._replace(**parts, classnames=[dataset.classnames[label] for label in new])
-
-
-# --- images
+    parts = [[(path, new[y], c) for path, y, c in items if y in new] for items in dataset[1:4]]
+    names = [dataset.classnames[label] for label in new]
+    return Dataset(dataset.name, *parts, names, dataset.template)
 
 
 def decode(picture):
@@ -587,9 +473,9 @@ def decode(picture):
         return picture
     try:
         with Image.open(picture) as image:
-            if image.mode.startswith("I"):  # 16 bit, which PIL would clip to white
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            if image.mode.startswith("I"):  # 16 bit, which convert would clip to white
+                image = image.point(lambda v: v * (1 / 257)).convert("L")
+            return vision.pil_to_tensor(image.convert("RGB"))
     except Exception as problem:  # PIL raises many kinds
         raise Error(f"cannot read image {picture}: {problem}") from None
 
@@ -605,42 +491,33 @@ def decoded(pool, groups):
 
 def views(clip, pictures, boxes=None, mirror=None):
     """(B, 3, side, side) normalised views of uint8 pictures, made on clip's device.
-
     boxes: (top, left, height, width) each, cropped and resized to the square; None: the test view,
-    shorter edge resized and centre cropped. mirror: bools. Antialiased bicubic, as PIL's.
-    """
-    device, size = clip.logit_scale.device, side(clip)
-    how = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
-    x = []
-    for i, picture in enumerate(pictures):
-        if boxes is None:
-            x.append(vision.center_crop(vision.resize(picture.to(device), size, **how), size))
-        else:
-            y = vision.resized_crop(picture.to(device), *boxes[i], [size, size], **how)
-            x.append(y.flip(-1) if mirror[i] else y)
-    return vision.normalize(torch.stack(x) / 255, *normalisation(clip))
-
-
-def normalisation(clip):
-    return clip.visual.image_mean, clip.visual.image_std
+    shorter edge resized and centre cropped. mirror: bools. Antialiased bicubic, as PIL's."""
+    size, x = int(np.max(clip.visual.image_size)), [p.to(clip.logit_scale.device) for p in pictures]
+    if boxes is None:
+        x = [vision.center_crop(vision.resize(p, size, BICUBIC), size) for p in x]
+    else:
+        x = [
+            vision.resized_crop(p, *b, [size, size], BICUBIC) for p, b in zip(x, boxes, strict=True)
+        ]
+        x = [p.flip(-1) if flip else p for p, flip in zip(x, mirror, strict=True)]
+    return vision.normalize(torch.stack(x) / 255, clip.visual.image_mean, clip.visual.image_std)
 
 
 def loader(cfg, clip, data, frozen=False, repeat=0):
     """Returns batches(epoch), an iterator over (x, labels) of one epoch of data.train.
-
     x: augmented images (B, 3, side, side), or with frozen=True their unit features (B, D), encoded
     for the whole epoch first, in large batches without gradient: the same numbers in another order.
     repeat: encode this many epochs' views once and use them in turn (0: new views every epoch).
     Views and order depend on (seed, epoch) alone. As Dassl's loader: no image twice in an epoch,
     the last short batch dropped unless it is the only one; RandomResizedCrop (.08 to 1 of the area,
-    ratio 3/4 to 4/3, bicubic) and flip. Pictures stay decoded in memory up to cfg.cache_gb.
-    """
+    ratio 3/4 to 4/3, bicubic) and flip. Pictures stay decoded in memory up to cfg.cache_gb."""
     pool, n, encoded = ThreadPoolExecutor(cfg.workers), len(data.train), {}
     pictures = [item[0] for item in data.train]
     labels = torch.tensor([item[1] for item in data.train], device=clip.logit_scale.device)
     room = cfg.cache_gb * 1e9 or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
     chunks = [list(range(i, min(i + 256, n))) for i in range(0, n, 256)]
-    for rows in tqdm(chunks, desc="decoding", disable=n < 5000, leave=False):
+    for rows in tqdm(chunks, "decoding", leave=False, disable=n < 5000):
         if room > 0:
             pictures[rows[0] : rows[-1] + 1] = pool.map(decode, [pictures[i] for i in rows])
             room -= sum(pictures[i].numel() for i in rows)
@@ -655,45 +532,32 @@ def loader(cfg, clip, data, frozen=False, repeat=0):
                     torch.default_generator.manual_seed(hash((cfg.seed, epoch, i)) % 2**63)
                     boxes.append(RandomResizedCrop.get_params(picture, scale, (3 / 4, 4 / 3)))
                     mirror.append(torch.rand(()) < 0.5)
-            yield views(clip, group, boxes, mirror)
+            yield rows, views(clip, group, boxes, mirror)
 
     def batches(epoch):
         order = torch.Generator().manual_seed(hash((cfg.seed, epoch)) % 2**63)
         order = torch.randperm(n, generator=order).tolist()
-        stop = n if n < cfg.batch_size else n - n % cfg.batch_size
-        groups = [order[i : i + cfg.batch_size] for i in range(0, stop, cfg.batch_size)]
+        end = n if n < cfg.batch_size else n - n % cfg.batch_size
+        groups = [order[i : i + cfg.batch_size] for i in range(0, end, cfg.batch_size)]
         if not frozen:
-            for rows, x in zip(groups, augmented(epoch, groups), strict=True):
-                yield x, labels[rows]
+            yield from ((x, labels[rows]) for rows, x in augmented(epoch, groups))
             return
         view = epoch % repeat if repeat else epoch
         if view not in encoded:
-            f = torch.cat([unit_features(clip, x) for x in augmented(view, chunks)])  # (n, D)
-            encoded.clear() if not repeat else None
-            encoded[view] = f
-        for rows in groups:
-            yield encoded[view][rows], labels[rows]
+            if not repeat:
+                encoded.clear()
+            encoded[view] = torch.cat([unit_features(clip, x) for _, x in augmented(view, chunks)])
+        yield from ((encoded[view][rows], labels[rows]) for rows in groups)
 
     return batches
 
 
-# --- training
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def sgd_cosine(groups, lr, epochs, warmup=1):
     """(optimizer, scheduler): SGD (momentum .9, weight decay 5e-4) and Dassl's cosine schedule.
-
     groups: parameters, or dicts {"params", "lr", "warmup"} with their own lr and warm-up. After k
     scheduler.step() calls a group's rate is 1e-5 for k < warmup, then
     lr/2 (1 + cos(pi (k - warmup) / epochs)), which never reaches 0: the period is not shortened by
-    the warm-up (Dassl optim/lr_scheduler.py, ConstantWarmupScheduler with WARMUP_RECOUNT).
-    """
+    the warm-up (Dassl optim/lr_scheduler.py, ConstantWarmupScheduler with WARMUP_RECOUNT)."""
     groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
     groups = [{"lr": lr, "warmup": warmup, **g} for g in groups]
 
@@ -709,7 +573,6 @@ def sgd_cosine(groups, lr, epochs, warmup=1):
 
 def step(loss, optimizer, times=1):
     """One backward pass and `times` SGD steps with its gradient; fp16 gradients are scaled.
-
     Raises Error for a loss that is not finite, unless the scaler may skip the step (and counts it).
     """
     scaler = optimizer.scaler
@@ -729,78 +592,64 @@ def step(loss, optimizer, times=1):
 
 def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     """Yields the epochs still to be trained, with a progress bar.
-
     Writes a checkpoint after each and goes on from it; after the last, prompt.safetensors: the
-    learnables and what they belong to. Where that exists it is loaded and nothing is yielded.
-    """
-    folder, device = run_folder(cfg), clip.logit_scale.device.type
-    final = Path(cfg.load or folder, "prompt.safetensors")
-    part, first, spent, names = (
-        folder / "checkpoint.safetensors",
-        0,
-        0.0,
-        dict(prompt.named_parameters()),
-    )
-    if final.exists():
-        restore(final, cfg, clip, prompt)
+    learnables and what they belong to. Where that exists it is loaded and nothing is yielded."""
+    folder, first, seconds = run_folder(cfg), 0, 0.0
+    part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
+    if cfg.load or final.exists():
+        restore(cfg, clip, prompt, Path(cfg.load or folder) / final.name)
         return
-    optimizer.scaler = torch.amp.GradScaler(device, enabled=clip.half_dtype is torch.float16)
+    fp16, device = clip.half_dtype is torch.float16, clip.logit_scale.device.type
+    optimizer.scaler = torch.amp.GradScaler(device, enabled=fp16)
     if part.exists():
-        saved, meta = restore(part, cfg, clip, prompt)
-        first, spent = meta["epoch"], meta["seconds"]
-        scheduler.last_epoch, optimizer.skipped = meta["steps"], meta["skipped"]
+        tensors, meta = restore(cfg, clip, prompt, part)
+        momentum = {
+            int(k[9:]): {"momentum_buffer": t} for k, t in tensors.items() if "momentum." in k
+        }
+        optimizer.load_state_dict({"state": momentum, "param_groups": meta["groups"]})
         optimizer.scaler.load_state_dict(meta["scaler"])
-        for group, rate in zip(optimizer.param_groups, meta["rates"], strict=True):
-            group["lr"] = rate
-        for name, p in names.items():
-            optimizer.state[p]["momentum_buffer"] = saved[f"momentum.{name}"].to(p.device)
-    bar = tqdm(range(first, epochs), run_title(cfg), epochs, initial=first, unit="epoch")
+        first, seconds, scheduler.last_epoch, optimizer.skipped = meta["progress"]
+    sets = [d._replace(train=[], val=[], test=[]) for d in (data if type(data) is list else [data])]
+    title = f"{method(cfg)} {cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
+    bar = tqdm(range(first, epochs), title, epochs, initial=first, unit="epoch")
     for epoch in bar:
         torch.manual_seed(hash((cfg.seed, epoch)) % 2**63)  # for dropout and class sampling
         optimizer.losses, start = [], time.time()
         yield epoch
         bar.set_postfix(loss=f"{torch.stack(optimizer.losses).mean().item():.3f}")
-        spent += time.time() - start
-        keep = {f"momentum.{n}": optimizer.state[p]["momentum_buffer"] for n, p in names.items()}
-        rates = [group["lr"] for group in optimizer.param_groups]
-        meta = {"epoch": epoch + 1, "seconds": spent, "steps": scheduler.last_epoch, "rates": rates}
-        meta |= {"scaler": optimizer.scaler.state_dict(), "skipped": optimizer.skipped}
-        sets = [
-            d._replace(train=[], val=[], test=[]) for d in (data if type(data) is list else [data])
-        ]
-        meta |= {"method": method_name(cfg), "model": cfg.model, "fingerprint": clip.fingerprint}
-        meta |= {"data": sets, "config": dataclasses.asdict(cfg)}
-        done = epoch + 1 == epochs
-        tensors = prompt.state_dict() | ({} if done else keep)
-        write(
-            final if done else part,
-            save({n: t.contiguous() for n, t in tensors.items()}, {"json": json.dumps(meta)}),
-        )
+        seconds += time.time() - start
+        tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
+        for i, buffers in state["state"].items() if not last else ():
+            tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
+        meta = {"method": method(cfg), "model": cfg.model, "fingerprint": clip.fingerprint}
+        meta |= {"data": sets, "config": vars(cfg), "scaler": optimizer.scaler.state_dict()}
+        meta |= {"progress": (epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped)}
+        meta |= {"groups": state["param_groups"]}
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
+        write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
+    write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
     part.unlink(missing_ok=True)
     if optimizer.skipped:
         print(f"{optimizer.skipped} steps were skipped, because fp16 gradients overflowed")
 
 
-def restore(path, cfg, clip=None, prompt=None):
+def restore(cfg, clip=None, prompt=None, path=None):
     """(tensors, metadata) of a prompt or checkpoint file, put into prompt. Raises Error."""
+    path = path or Path(cfg.load, "prompt.safetensors")
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["json"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        method, fingerprint = meta["method"], meta["fingerprint"]
+        tensors, owner, weights = load_file(path), meta["method"], meta["fingerprint"]
     except Exception as problem:  # safetensors raises kinds of its own
         raise Error(f"{path} is no prompt file of ours: {problem}") from None
-    if method != method_name(cfg):
-        raise Error(f"{path} belongs to {method}.py, not to {method_name(cfg)}.py")
-    if clip and fingerprint != clip.fingerprint:
-        raise Error(
-            f"{path} was trained with other CLIP weights ({meta['model']}) than {cfg.model}"
-        )
+    if owner != method(cfg):
+        raise Error(f"{path} belongs to {owner}.py, not to {method(cfg)}.py")
+    if clip and weights != clip.fingerprint:
+        raise Error(f"{path} was trained with other CLIP weights, of {meta['model']}")
+    learned = {name: t for name, t in tensors.items() if "momentum." not in name}
     try:
         if prompt:
-            prompt.load_state_dict(
-                {n: t for n, t in tensors.items() if not n.startswith("momentum.")}
-            )
+            prompt.load_state_dict(learned)
     except RuntimeError as problem:
         raise Error(f"{path} does not fit these options: {problem}") from None
     return tensors, meta
@@ -817,56 +666,39 @@ def write(path, content):
         draft.unlink(missing_ok=True)
 
 
-# --- evaluation
+def test_pictures(cfg, items):
+    """Yields the items' decoded pictures, TEST_BATCH at a time, with a progress bar."""
+    groups = [[i[0] for i in items[k : k + TEST_BATCH]] for k in range(0, len(items), TEST_BATCH)]
+    groups = tqdm(groups, "test images", leave=False, disable=len(groups) < 10)
+    return decoded(ThreadPoolExecutor(cfg.workers), groups)
 
 
 def frozen_features(cfg, clip, items):
-    """(n, D) unit features of the items' test views, kept below --out for as long as model, weights,
+    """(n, D) unit features of the items' test views, kept below --out for as long as weights,
     precision, preprocessing and every file (size, time) stay the same. Raises Error."""
-    groups = [
-        [item[0] for item in items[i : i + TEST_BATCH]] for i in range(0, len(items), TEST_BATCH)
-    ]
     path = None
-    if items and not isinstance(items[0][0], torch.Tensor):
+    if all(isinstance(item[0], str) for item in items):
         try:
-            files = [
-                (os.path.abspath(i[0]), os.stat(i[0]).st_size, os.stat(i[0]).st_mtime_ns)
-                for i in items
-            ]
+            files = [(os.path.abspath(i[0]), *os.stat(i[0])[6:9:2]) for i in items]
         except OSError as problem:
             raise Error(f"missing image {problem.filename}; is the download whole?") from None
         key = [clip.fingerprint, str(clip.half_dtype), str(clip.visual.preprocess_cfg), files]
         path = Path(cfg.out, "features", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32])
-        if path.exists():
-            try:
-                return load_file(path)["f"].to(clip.logit_scale.device)
-            except Exception:  # a broken file is computed anew
-                path.unlink(missing_ok=True)
-    pool = ThreadPoolExecutor(cfg.workers)
-    bar = tqdm(
-        decoded(pool, groups), "test images", len(groups), leave=False, disable=len(groups) < 20
-    )
-    f = torch.cat([unit_features(clip, views(clip, pictures)) for pictures in bar])
+        with contextlib.suppress(Exception):  # absent, or broken by a full disk: computed anew
+            return load_file(path)["f"].to(clip.logit_scale.device)
+    f = torch.cat([unit_features(clip, views(clip, p)) for p in test_pictures(cfg, items)])
     if path:
-        try:
+        with contextlib.suppress(OSError):  # a full disk only costs the time to compute it again
             write(path, save({"f": f.cpu()}))
-        except OSError as problem:
-            print(f"test features are not kept: {problem}", file=sys.stderr)
     return f
 
 
 def classify(cfg, clip, items, logits, images):
     """(n, K) logits of the items' test views; logits(f, x) as train's predictor returns it."""
-    f, pool = frozen_features(cfg, clip, items), ThreadPoolExecutor(cfg.workers)
-    groups = [
-        [item[0] for item in items[i : i + TEST_BATCH]] for i in range(0, len(items), TEST_BATCH)
-    ]
-    pictures = decoded(pool, groups) if images else [None] * len(groups)
+    f = frozen_features(cfg, clip, items).split(TEST_BATCH)
+    x = (views(clip, p) for p in test_pictures(cfg, items)) if images else itertools.repeat(None)
     with torch.no_grad():
-        bar = tqdm(
-            zip(f.split(TEST_BATCH), pictures, strict=True), "evaluating", len(groups), leave=False
-        )
-        return torch.cat([logits(z, x and views(clip, x)).float().cpu() for z, x in bar])
+        return torch.cat([logits(*pair).float().cpu() for pair in zip(f, x, strict=False)])
 
 
 def evaluate(logits, labels):
@@ -876,167 +708,122 @@ def evaluate(logits, labels):
     return 100 * right.mean().item(), 100 * torch.stack(classes).mean().item()
 
 
-def run_title(cfg):
-    base = " base" if cfg.classes == "base" else ""
-    return f"{method_name(cfg)} {cfg.dataset} {cfg.shots} shots{base} seed {cfg.seed}"
-
-
 def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
     """Carries out the grid of cfg: train, evaluate, record; returns the last run's accuracy (%).
-
     train(cfg, clip, data) returns the learned module and predictor(dataset), which returns
     logits(f, x) for unit image features f (B, D) and, where images is set, pictures x. tasks(cfg)
     lists the data sets learned jointly (SoftCPT), and those of them for which per_class(name) holds
-    are scored by their mean per class. Bad input ends in one line and exit code 2.
-    """
+    are scored by their mean per class. Bad input ends in one line and exit code 2."""
     try:
-        if cfg.load:
-            cfg = loaded(cfg)
-        many = {"dataset": [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")}
-        many |= {k: v if type(v := getattr(cfg, k)) is list else [v] for k in ("shots", "seed")}
-        grid = [
-            dict(zip(many, values, strict=True)) for values in itertools.product(*many.values())
-        ]
+        if cfg.load:  # the options it was trained with, where the command line names no other
+            saved, own = restore(cfg)[1]["config"], UPKEEP - {"dataset"}
+            for f in dataclasses.fields(cfg):
+                if f.name not in own and getattr(cfg, f.name) == f.default:
+                    cfg = dataclasses.replace(cfg, **{f.name: saved[f.name]})
+        names = [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")
+        lists = [v if type(v) is list else [v] for v in (cfg.shots, cfg.seed)]
+        grid = list(itertools.product(names, *lists))
         if cfg.shard:
-            i, n = re.fullmatch(r"(\d+)/(\d+)", cfg.shard).groups()
-            grid = grid[int(i) - 1 :: int(n)]
-        for values in grid:
-            accuracy = _run_one(dataclasses.replace(cfg, **values), train, images, tasks, per_class)
-        return accuracy
-    except Error as problem:
+            shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", cfg.shard)
+            if not shard or int(shard[1]) > int(shard[2]):
+                raise Error(f"--shard {cfg.shard}: must be i/n with 1 <= i <= n")
+            grid = grid[int(shard[1]) - 1 :: int(shard[2])]
+        for dataset, shots, seed in grid:
+            one = dataclasses.replace(cfg, dataset=dataset, shots=shots, seed=seed)
+            accuracy = _run_one(one, train, images, tasks, per_class)
+        return accuracy if grid else None
+    except (Error, OSError) as problem:  # OSError: a full disk, a folder that may not be written
         stop(problem)
-    except OSError as problem:  # a full disk, a folder that may not be written
-        stop(f"{problem}; free the place or name another with --out or --data")
 
 
 def _run_one(cfg, train, images, tasks, per_class):
+    for name, value in vars(cfg).items():
+        low = 1 if name in ("batch_size", "workers") else 0
+        if type(value) in (int, float) and not low <= value < 1e9:
+            raise Error(f"--{name} {value} is out of range")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
-    for name, value in dataclasses.asdict(cfg).items():
-        if (
-            name in ("batch_size", "lr", "workers")
-            and value <= 0
-            or type(value) in (int, float)
-            and not 0 <= value < 1e9
-        ):
-            raise Error(f"--{name} {value} is out of range")
+    own = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
+    model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if own else cfg.model
+
+    def learn(sets):
+        clip = load_clip(model, cfg.pretrained, device, precision)
+        return clip, *train(cfg, clip, sets if tasks else sets[0])
+
+    known = [Dataset(*d) for d in restore(cfg)[1]["data"]] if cfg.load else []
+    if cfg.predict or cfg.interpret:
+        return tool("ask").ask(cfg, known, images, *learn(known))
     transfer = [name for name in cfg.transfer.split(",") if name]
     for name in [*cfg.dataset.split(","), *transfer] if cfg.download else ():
         tool("download").download(name, cfg.data)
-    own = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
-    model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if own else cfg.model
-    learned = restore(Path(cfg.load, "prompt.safetensors"), cfg)[1]["data"] if cfg.load else ()
-    learn = [Dataset(*d) for d in learned]
-    if cfg.predict or cfg.interpret:
-        clip = load_clip(model, cfg.pretrained, device, precision)
-        prompt, predictor = train(cfg, clip, learn if tasks else learn[0])
-        return tool("ask").ask(cfg, clip, learn, prompt, predictor, images)
-
     sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data)]
     sets = [sample_few_shot(d, cfg.shots, cfg.seed) for d in sets]
     halves = ["base", "new"] if cfg.classes == "base" else ["all"]
     parts = {(d.name, h): subset_classes(d, h) if h != "all" else d for d in sets for h in halves}
-    learn = learn or [parts[d.name, halves[0]] for d in sets]
     todo = parts | {(name, "all"): load_dataset(name, cfg.data) for name in transfer}
-    folder, path = run_folder(cfg), Path(cfg.out, "results.jsonl")
+    folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
-    run_id = f"{folder.relative_to(cfg.out)}"
-    old = [row for row in records(path) if row["run"] == run_id and not cfg.force]
-    old = {(row["evaluated_on"], row["classes"]): row for row in old}
-    if not todo.keys() <= old.keys():
-        clip = load_clip(model, cfg.pretrained, device, precision)
-        prompt, predictor = train(cfg, clip, learn if tasks else learn[0])
-        final = Path(cfg.load or folder, "prompt.safetensors")
-        seconds = restore(final, cfg)[1]["seconds"] if final.exists() else 0.0
-        same = {k: getattr(cfg, k, False) for k in "dataset shots seed pretrained official".split()}
-        same |= {
-            "method": method_name(cfg),
-            "model": model,
-            "run": run_id,
-            "train_seconds": seconds,
+    rows = [json.loads(line) for line in path.open()] if path.exists() and not cfg.force else []
+    rows = {(r["evaluated_on"], r["classes"]): r for r in rows if r["run"] == str(folder)}
+    new = {key: d for key, d in todo.items() if key not in rows}
+    if new:
+        clip, prompt, predictor = learn(known or [parts[d.name, halves[0]] for d in sets])
+        final = folder / "prompt.safetensors"
+        seconds = restore(cfg, path=final)[1]["progress"][1] if prompt else 0.0
+        common = {
+            "method": method(cfg),
+            "dataset": cfg.dataset,
+            "shots": cfg.shots,
+            "seed": cfg.seed,
         }
-        same |= {"precision": precision, "device": device, "torch": torch.__version__}
-        same |= {"open_clip": open_clip.__version__, "commit": _commit(), "config": vars(cfg)}
-        new = {key: d for key, d in todo.items() if key not in old}
-        for (name, half), d in new.items():
-            start, labels = time.time(), torch.tensor([item[1] for item in d.test])
-            accuracy = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)
-            spent = time.time() - start
-            w = zero_shot_weights(clip, d)[:, 0]
-            zero = evaluate((frozen_features(cfg, clip, d.test) @ w.T).cpu(), labels)
-            row = {"evaluated_on": name, "classes": half, "n_test": len(d.test)}
-            row |= {"accuracy": accuracy[0], "mean_class_accuracy": accuracy[1]}
-            row |= {"zero_shot": zero[0], "zero_shot_mean_class": zero[1], "eval_seconds": spent}
-            row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20, "time": time.ctime()}
-            old[name, half] = same | row
-        append(path, [old[key] for key in new])
+        common |= {"model": model, "pretrained": cfg.pretrained, "precision": precision}
+        common |= {"official": getattr(cfg, "official", False), "device": device}
+        common |= {"run": str(folder), "config": vars(cfg), "train_seconds": seconds}
+        common |= {"torch": torch.__version__, "open_clip": open_clip.__version__}
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+        git = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        common |= {"commit": git, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    for (name, half), d in new.items():
+        start, labels = time.time(), torch.tensor([item[1] for item in d.test])
+        overall, mean = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)
+        row = {"eval_seconds": time.time() - start, "evaluated_on": name, "classes": half}
+        row |= {"accuracy": overall, "mean_class_accuracy": mean, "n_test": len(labels)}
+        zero = frozen_features(cfg, clip, d.test) @ zero_shot_weights(clip, d)[:, 0].T
+        overall, mean = evaluate(zero.cpu(), labels)
+        row |= {"zero_shot": overall, "zero_shot_mean_class": mean}
+        row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20}
+        rows[name, half] = common | row
+    if new:
+        with open(Path(cfg.out, "results.lock"), "w") as lock:  # two processes lose nothing
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lines = [json.dumps(rows[key]) + "\n" for key in new]
+            write(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
     for name in transfer:
-        row = old[name, "all"]
+        row = rows[name, "all"]
         print(f"  on {name}: {row['accuracy']:.2f} (zero-shot {row['zero_shot']:.2f})")
-    means = []
-    for kind in "accuracy", "zero_shot":  # of jointly learned tasks, the unweighted mean
-        pair = {"accuracy": "mean_class_accuracy", "zero_shot": "zero_shot_mean_class"}[kind]
-        rows = [[(per_class(d.name), old[d.name, h]) for d in sets] for h in halves]
-        means.append(
-            [np.mean([row[pair if mean else kind] for mean, row in part]) for part in rows]
-        )
-    text = [f"{m[0]:.2f}" for m in means]
-    if len(halves) == 2:
-        text = [
-            "base {:.2f}, new {:.2f}, H {:.2f}".format(*m, 2 * m[0] * m[1] / sum(m)) for m in means
-        ]
+    text = []
+    for keys in ("accuracy", "mean_class_accuracy"), ("zero_shot", "zero_shot_mean_class"):
+        score = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
+        text += [f"{score[0]:.2f}"]
+        if len(halves) == 2:
+            H = 2 * score[0] * score[1] / max(sum(score), 1e-9)
+            text[-1] = f"base {score[0]:.2f}, new {score[1]:.2f}, H {H:.2f}"
+    seconds = rows[sets[0].name, halves[0]]["train_seconds"]
     title = f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
-    print(
-        f"{title}: {text[0]} (zero-shot {text[1]}), {next(iter(old.values()))['train_seconds']:.0f} s",
-        flush=True,
-    )
-    return float(means[0][0])
-
-
-def records(path):
-    """The rows of a results.jsonl, [] where there is none."""
-    return [json.loads(line) for line in path.open()] if path.exists() else []
-
-
-def append(path, rows):
-    """Adds rows to a results.jsonl under a lock, by renaming, so that no half line is ever there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        old = path.read_bytes() if path.exists() else b""
-        write(path, old + "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-@functools.lru_cache
-def _commit():
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    print(f"{title}: {text[0]} (zero-shot {text[1]}), {seconds:.0f} s", flush=True)
+    return np.mean([rows[d.name, halves[0]]["accuracy"] for d in sets])
 
 
 def tool(name):
-    """The module tests/<name>.py: what no number depends on, so a copied file need not bring."""
+    """The module tests/<name>.py: what no number depends on, so a copied file need not bring it."""
     try:
         return importlib.import_module(f"tests.{name}")
     except ModuleNotFoundError:
         raise Error(f"this needs the repository's tests/{name}.py beside common.py") from None
 
 
-def loaded(cfg):
-    """cfg with the options that the run cfg.load was trained with, where it leaves the defaults."""
-    saved = restore(Path(cfg.load, "prompt.safetensors"), cfg)[1]["config"]
-    for field in dataclasses.fields(cfg):
-        given = getattr(cfg, field.name) != field.default
-        if field.name not in UPKEEP - {"dataset"} and not given:
-            cfg = dataclasses.replace(cfg, **{field.name: saved[field.name]})
-    return cfg
-
-
-# --- zero-shot CLIP
-
-
-@dataclass
+@dataclasses.dataclass
 class ZeroShot(Config):
     shots: int = 0  # nothing is trained
     ensemble: bool = False  # mean over CoOp's seven templates and the data set's own
@@ -1054,13 +841,10 @@ def zero_shot(cfg, clip, data):
     return None, predictor
 
 
-def main(argv):
-    if argv[:1] == ["report"]:
-        return tool("report").main(argv[1:])
-    return run(cli(ZeroShot, argv), zero_shot, images=False)
-
-
 if __name__ == "__main__":
-    import common  # not __main__'s second copy of it
+    import common  # this module under its own name, so that Error is one class in all tools
 
-    common.main(sys.argv[1:])
+    if sys.argv[1:2] == ["report"]:
+        common.tool("report").main(sys.argv[2:])
+    else:
+        common.run(common.cli(common.ZeroShot), common.zero_shot, images=False)

@@ -62,7 +62,7 @@ def initial_context(cfg, clip, K):
 
 
 def train(cfg, clip, data):
-    common.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     prompt = PromptLearner(initial_context(cfg, clip, len(data.classnames)))
     M = prompt.ctx.shape[1]
     epochs = cfg.epochs or (50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200))

@@ -134,7 +134,7 @@ def cavpt_loss(layer_logits, top, labels):
 
 
 def train(cfg, clip, data):
-    common.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     L = len(getattr(clip.visual, "transformer", clip.transformer).resblocks)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: DPT prompts a ViT; try ViT-B-32")
@@ -203,7 +203,9 @@ def draw_attention(cfg, clip, images, maps, top, logits, names, shown=3, pixels=
         raise common.Error("--attention: this run has no CAVPT layer (--cavpt_layers 0)")
     A = maps[-1][..., 1 : -cfg.cavpt_ctx or None]  # (B, K, N), the patches
     side = math.isqrt(A.shape[-1])
-    mean, std = (torch.tensor(t)[:, None, None] for t in common.normalisation(clip))
+    mean, std = (
+        torch.tensor(t)[:, None, None] for t in (clip.visual.image_mean, clip.visual.image_std)
+    )
     sheet = Image.new("RGB", ((1 + shown) * pixels, len(images) * (pixels + 16)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (image, a, classes) in enumerate(zip(images.cpu(), A.cpu(), top.cpu(), strict=True)):

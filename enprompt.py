@@ -102,7 +102,7 @@ def transport(patches, w, cfg):
 
 
 def train(cfg, clip, data):
-    common.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: EnPrompt prompts a ViT; try ViT-B-16")
     d, D = clip.visual.proj.shape

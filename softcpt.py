@@ -149,7 +149,7 @@ def sample_classes(labels, column_task, rate):
 
 
 def train(cfg, clip, data):
-    common.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     device, s = clip.logit_scale.device, clip.logit_scale.exp()
     d_t, D = clip.text_projection.shape
     sizes = torch.tensor([len(d.classnames) for d in data], device=device)

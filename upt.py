@@ -84,7 +84,7 @@ class UnifiedPrompt(nn.Module):
 
 
 def train(cfg, clip, data):
-    common.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: UPT prompts a ViT; try ViT-B-16")
     d_t, d = clip.token_embedding.weight.shape[1], clip.visual.proj.shape[0]
