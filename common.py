@@ -16,7 +16,6 @@ import difflib
 import fcntl
 import functools
 import hashlib
-import importlib
 import inspect
 import itertools
 import json
@@ -85,6 +84,7 @@ IMAGE_TYPES = set(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split()
 BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as Dassl
 PARTS = "train", "val", "test"
+MOMENTUM = "momentum."  # prefix of buffers in a checkpoint
 Dataset = namedtuple("Dataset", "name train val test classnames template")
 Names = namedtuple("Names", "sos tail eot length")
 
@@ -121,9 +121,9 @@ class Config:
     interpret: bool = False  # with --load: the words nearest to each learned text vector
 
 
-# These do not change what is learned, so they are no part of a run's name.
-UPKEEP = set("dataset transfer device data out download workers cache_gb shard force load".split())
-UPKEEP |= set("predict names json interpret attention task".split())
+# From device on, options do not change what is learned, so they are no part of a run's name.
+UPKEEP = [field.name for field in dataclasses.fields(Config)]
+UPKEEP = {"dataset", "transfer", "attention", "task", *UPKEEP[UPKEEP.index("device") :]}
 
 
 def cli(cls, argv=None):
@@ -166,7 +166,7 @@ def run_folder(cfg):
 
 
 def method(cfg):
-    return Path(inspect.getfile(type(cfg))).stem.replace("common", "zero-shot")
+    return Path(inspect.getfile(type(cfg))).stem
 
 
 @functools.lru_cache(1)
@@ -174,24 +174,21 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     """Loads an open_clip model of class CLIP, frozen and in eval mode.
     model: open_clip name, "local-dir:DIR" or "hf-hub:NAME"; pretrained: tag, file, "" for random
     weights. QuickGELU follows the tag (open_clip only warns). precision "amp" (fp16) or "bf16" hold
-    the matrices of both towers in half precision and all else in fp32. The model also carries
-    .tokenize, .half_dtype (None in fp32) and .fingerprint (of the fp32 weights).
-    Raises Error for a device that is not there and for an unknown or unsupported model."""
-    known = open_clip.list_models()
-    if ":" not in model and model not in known:
+    the matrices of both towers in half, all else in fp32. Adds .tokenize, .half_dtype (None in
+    fp32) and .fingerprint (of the fp32 weights). Raises Error for what is unknown or unsupported."""
+    named, known = ":" not in model, open_clip.list_models()
+    if named and model not in known:
         near = ", ".join(difflib.get_close_matches(model, known, 3, 0.3))
         raise Error(f"--model {model}: open_clip has no such model; near it: {near}")
-    tag = open_clip.get_pretrained_cfg(model, pretrained) if ":" not in model else {}
+    tag = open_clip.get_pretrained_cfg(model, pretrained) if named else {}
     gelu = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
-    tag = pretrained if ":" not in model else None
     try:
         torch.empty(0, device=device)
         with warnings.catch_warnings(action="ignore"):
-            clip = open_clip.create_model(model, tag or None, **gelu)
+            clip = open_clip.create_model(model, named and pretrained or None, **gelu)
         clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
     except Exception as problem:  # open_clip raises many kinds
-        what = f"--model {model} --pretrained {pretrained} --device {device}"
-        raise Error(f"{what}: {problem}") from problem
+        raise Error(f"--model {model} ({pretrained}) on {device}: {problem}") from problem
     clip.requires_grad_(False).eval()
     try:  # the towers below must give the model's own features
         ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
@@ -201,8 +198,7 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError):
         why = "is not of open_clip's class CLIP with a causal text tower and OpenAI's ViT or ResNet"
-        why = f"its {type(clip).__name__} {why}"
-        raise Error(f"--model {model} is not supported: {why}") from None
+        raise Error(f"--model {model} is not supported: its {type(clip).__name__} {why}") from None
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -239,13 +235,13 @@ def _block(block, x, past=None, rows=None, mask=None):
 
 def encode_text(clip, prefix, suffix, eot, group=None):
     """Text features of prefix + suffix, each shared prefix encoded once.
-    The mask is causal: the tokens before the class name are the same for all classes of a context,
-    and nothing after the EOT reaches it. So a prefix runs through the tower once, its keys and
-    values are kept, and the suffixes, cut at the last EOT, attend to them.
+    The mask is causal: what precedes the class name is the same for all classes of a context and
+    nothing after the EOT reaches it. So a prefix runs through the tower once, its keys and values
+    are kept, and the suffixes, cut at the last EOT, attend to them.
     prefix (G, P, d), suffix (K, S, d): token embeddings without positions. eot (K,): the EOT's
     position in the whole sequence. group (K,): the prefix of each class (None: row 0).
     Returns (K, D) fp32 features before normalisation: clip.encode_text of the same sequences."""
-    P, blocks = prefix.shape[1], clip.transformer.resblocks
+    P, blocks, one = prefix.shape[1], clip.transformer.resblocks, group is None or len(prefix) == 1
     S = int(eot.max()) + 1 - P
     place = torch.arange(P + S, device=suffix.device)
     last = (torch.arange(len(suffix), device=suffix.device)[:, None], (eot - P)[:, None])
@@ -254,7 +250,7 @@ def encode_text(clip, prefix, suffix, eot, group=None):
         y = suffix[:, :S] + clip.positional_embedding[P : P + S]
         for block in blocks:
             x, past = _block(block, x, mask=place[:P] <= place[:P, None])
-            past = past[:1].expand(len(y), -1, -1) if group is None else past[group]
+            past = past[:1].expand(len(y), -1, -1) if one else past[group]
             if block is not blocks[-1]:
                 y, _ = _block(block, y, past, mask=place <= place[P:, None])
         y, _ = _block(block, y, past, last, place <= eot[:, None, None, None])  # the EOT's row only
@@ -332,7 +328,8 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
     prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx[:, : M - behind]], 1)
     if behind:
         after = ctx[:, M - behind :]
-        after = after.expand(len(suffix), -1, -1) if group is None else after[group]
+        one = group is None or len(ctx) == 1
+        after = after[:1].expand(len(suffix), -1, -1) if one else after[group]
         suffix = torch.cat([after, suffix], 1)  # (K, behind + S, d): V, name, rest; to be ordered
         j, n = torch.arange(suffix.shape[1], device=ctx.device), names.length[:, None]
         order = torch.where(j < n, j + behind, torch.where(j < n + behind, j - n, j))
@@ -362,7 +359,9 @@ def load_dataset(name, root="data"):
         ]
         raise Error(f"{name}: no folder {images}; {fix}; --data names the folder above")
     if blob and not split.exists():
-        tool("download").fetch_split(split, *blob)
+        from tests import download
+
+        download.fetch_split(split, *blob)
     try:
         if blob:
             parts = json.loads(split.read_text("utf-8"))
@@ -561,14 +560,14 @@ def sgd_cosine(groups, lr, epochs, warmup=1):
     groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
     groups = [{"lr": lr, "warmup": warmup, **g} for g in groups]
 
-    def factor(group):
-        w, top = group["warmup"], group["lr"]
-        return lambda k: 1e-5 / top if k < w else (1 + math.cos(math.pi * (k - w) / epochs)) / 2
+    def rate(k, w, top):
+        return 1e-5 / top if k < w else (1 + math.cos(math.pi * (k - w) / epochs)) / 2
 
+    factors = [functools.partial(rate, w=g["warmup"], top=g["lr"]) for g in groups]
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=5e-4)
     optimizer.losses, optimizer.skipped = [], 0
     optimizer.scaler = torch.amp.GradScaler(enabled=False)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(g) for g in groups])
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 
 def step(loss, optimizer, times=1):
@@ -603,12 +602,13 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     optimizer.scaler = torch.amp.GradScaler(device, enabled=fp16)
     if part.exists():
         tensors, meta = restore(cfg, clip, prompt, part)
-        momentum = {
-            int(k[9:]): {"momentum_buffer": t} for k, t in tensors.items() if "momentum." in k
+        state = {
+            int(k[9:]): {"momentum_buffer": t} for k, t in tensors.items() if k[:9] == MOMENTUM
         }
-        optimizer.load_state_dict({"state": momentum, "param_groups": meta["groups"]})
+        optimizer.load_state_dict({"state": state, "param_groups": meta["groups"]})
         optimizer.scaler.load_state_dict(meta["scaler"])
         first, seconds, scheduler.last_epoch, optimizer.skipped = meta["progress"]
+    write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
     sets = [d._replace(train=[], val=[], test=[]) for d in (data if type(data) is list else [data])]
     title = f"{method(cfg)} {cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
     bar = tqdm(range(first, epochs), title, epochs, initial=first, unit="epoch")
@@ -620,14 +620,13 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         seconds += time.time() - start
         tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
         for i, buffers in state["state"].items() if not last else ():
-            tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
+            tensors[f"{MOMENTUM}{i}"] = buffers["momentum_buffer"]
         meta = {"method": method(cfg), "model": cfg.model, "fingerprint": clip.fingerprint}
         meta |= {"data": sets, "config": vars(cfg), "scaler": optimizer.scaler.state_dict()}
-        meta |= {"progress": (epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped)}
-        meta |= {"groups": state["param_groups"]}
+        progress = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
+        meta |= {"progress": progress, "groups": state["param_groups"]}
         tensors = {name: t.contiguous() for name, t in tensors.items()}
         write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
-    write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
     part.unlink(missing_ok=True)
     if optimizer.skipped:
         print(f"{optimizer.skipped} steps were skipped, because fp16 gradients overflowed")
@@ -646,7 +645,7 @@ def restore(cfg, clip=None, prompt=None, path=None):
         raise Error(f"{path} belongs to {owner}.py, not to {method(cfg)}.py")
     if clip and weights != clip.fingerprint:
         raise Error(f"{path} was trained with other CLIP weights, of {meta['model']}")
-    learned = {name: t for name, t in tensors.items() if "momentum." not in name}
+    learned = {name: t for name, t in tensors.items() if MOMENTUM not in name}
     try:
         if prompt:
             prompt.load_state_dict(learned)
@@ -724,16 +723,18 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
         lists = [v if type(v) is list else [v] for v in (cfg.shots, cfg.seed)]
         grid = list(itertools.product(names, *lists))
         if cfg.shard:
-            shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", cfg.shard)
-            if not shard or int(shard[1]) > int(shard[2]):
+            i, _, n = cfg.shard.partition("/")
+            if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
                 raise Error(f"--shard {cfg.shard}: must be i/n with 1 <= i <= n")
-            grid = grid[int(shard[1]) - 1 :: int(shard[2])]
+            grid = grid[int(i) - 1 :: int(n)]
         for dataset, shots, seed in grid:
             one = dataclasses.replace(cfg, dataset=dataset, shots=shots, seed=seed)
             accuracy = _run_one(one, train, images, tasks, per_class)
         return accuracy if grid else None
     except (Error, OSError) as problem:  # OSError: a full disk, a folder that may not be written
         stop(problem)
+    except ModuleNotFoundError as problem:
+        stop(f"{problem}: this needs the repository's tests/ beside common.py")
 
 
 def _run_one(cfg, train, images, tasks, per_class):
@@ -752,10 +753,15 @@ def _run_one(cfg, train, images, tasks, per_class):
 
     known = [Dataset(*d) for d in restore(cfg)[1]["data"]] if cfg.load else []
     if cfg.predict or cfg.interpret:
-        return tool("ask").ask(cfg, known, images, *learn(known))
+        from tests import ask
+
+        return ask.ask(cfg, known, images, *learn(known))
     transfer = [name for name in cfg.transfer.split(",") if name]
-    for name in [*cfg.dataset.split(","), *transfer] if cfg.download else ():
-        tool("download").download(name, cfg.data)
+    if cfg.download:
+        from tests import download
+
+        for name in [*cfg.dataset.split(","), *transfer]:
+            download.download(name, cfg.data)
     sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data)]
     sets = [sample_few_shot(d, cfg.shots, cfg.seed) for d in sets]
     halves = ["base", "new"] if cfg.classes == "base" else ["all"]
@@ -771,14 +777,9 @@ def _run_one(cfg, train, images, tasks, per_class):
         clip, prompt, predictor = learn(known or [parts[d.name, halves[0]] for d in sets])
         final = folder / "prompt.safetensors"
         seconds = restore(cfg, path=final)[1]["progress"][1] if prompt else 0.0
-        common = {
-            "method": method(cfg),
-            "dataset": cfg.dataset,
-            "shots": cfg.shots,
-            "seed": cfg.seed,
-        }
-        common |= {"model": model, "pretrained": cfg.pretrained, "precision": precision}
-        common |= {"official": getattr(cfg, "official", False), "device": device}
+        common = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
+        common |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
+        common |= {"official": getattr(cfg, "official", False)}
         common |= {"run": str(folder), "config": vars(cfg), "train_seconds": seconds}
         common |= {"torch": torch.__version__, "open_clip": open_clip.__version__}
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
@@ -802,49 +803,18 @@ def _run_one(cfg, train, images, tasks, per_class):
     for name in transfer:
         row = rows[name, "all"]
         print(f"  on {name}: {row['accuracy']:.2f} (zero-shot {row['zero_shot']:.2f})")
-    text = []
+    lines = []
     for keys in ("accuracy", "mean_class_accuracy"), ("zero_shot", "zero_shot_mean_class"):
-        score = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
-        text += [f"{score[0]:.2f}"]
-        if len(halves) == 2:
-            H = 2 * score[0] * score[1] / max(sum(score), 1e-9)
-            text[-1] = f"base {score[0]:.2f}, new {score[1]:.2f}, H {H:.2f}"
+        a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
+        b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
+        lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
     seconds = rows[sets[0].name, halves[0]]["train_seconds"]
     title = f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
-    print(f"{title}: {text[0]} (zero-shot {text[1]}), {seconds:.0f} s", flush=True)
+    print(f"{title}: {lines[0]} (zero-shot {lines[1]}), {seconds:.0f} s", flush=True)
     return np.mean([rows[d.name, halves[0]]["accuracy"] for d in sets])
 
 
-def tool(name):
-    """The module tests/<name>.py: what no number depends on, so a copied file need not bring it."""
-    try:
-        return importlib.import_module(f"tests.{name}")
-    except ModuleNotFoundError:
-        raise Error(f"this needs the repository's tests/{name}.py beside common.py") from None
-
-
-@dataclasses.dataclass
-class ZeroShot(Config):
-    shots: int = 0  # nothing is trained
-    ensemble: bool = False  # mean over CoOp's seven templates and the data set's own
-
-
-def zero_shot(cfg, clip, data):
-    """Zero-shot CLIP (CoOp trainers/zsclip.py, ZeroshotCLIP and ZeroshotCLIP2)."""
-    seven = SEVEN if cfg.ensemble else []
-
-    def predictor(dataset):
-        w = zero_shot_weights(clip, dataset, [dataset.template, *seven])  # (K, T, D)
-        w = F.normalize(w.mean(1), dim=-1)
-        return lambda f, x: clip.logit_scale.exp() * f @ w.T
-
-    return None, predictor
-
-
 if __name__ == "__main__":
-    import common  # this module under its own name, so that Error is one class in all tools
+    from tests import report, zero_shot
 
-    if sys.argv[1:2] == ["report"]:
-        common.tool("report").main(sys.argv[2:])
-    else:
-        common.run(common.cli(common.ZeroShot), common.zero_shot, images=False)
+    (report if sys.argv[1:2] == ["report"] else zero_shot).main()

@@ -53,10 +53,8 @@ class Config(common.Config):
 
 class ClassAware(nn.Module):
     """CAVPT, one layer: prompts of the top classes from their text features and the image tokens.
-
     H = G W_m + b_m;  S = [sg(X); ctx];  A = softmax(H W_q (S W_k)^T / sqrt(32));  O = A S W_v
-    prompts Q = LN_b(O + H), layer logits LN_a(O) W_c   (official trainers/DPT.py)
-    """
+    prompts Q = LN_b(O + H), layer logits LN_a(O) W_c   (official trainers/DPT.py)"""
 
     def __init__(self, D, d, classes, n_ctx, inner=32):
         super().__init__()
@@ -98,9 +96,7 @@ class DualPrompt(nn.Module):
 
 def encode(clip, prompt, images, T, top):
     """Unit image features (B, D), layer logits [(B, K, C)] and attention [(B, K, ...)] per CAVPT.
-
-    T (C, D): learned text features before normalisation; top (B, K): the classes asked for.
-    """
+    T (C, D): learned text features before normalisation; top (B, K): the classes asked for."""
     J = len(clip.visual.transformer.resblocks) - len(prompt.cavpt)
     layer_logits, maps = [], []
 
@@ -120,9 +116,7 @@ def encode(clip, prompt, images, T, top):
 
 def cavpt_loss(layer_logits, top, labels):
     """Mean cross-entropy of the true class's own prompt over samples and layers; 0 if none has one.
-
-    layer_logits: [(B, K, C)], top (B, K), labels (B,). L_ca of the release.
-    """
+    layer_logits: [(B, K, C)], top (B, K), labels (B,). L_ca of the release."""
     true = top == labels[:, None]  # (B, K), at most one per row
     rows = (
         torch.cat([logits[true] for logits in layer_logits]) if layer_logits else true[:0].float()

@@ -60,17 +60,14 @@ class ExternalLayer(nn.Module):
         self.fuse = nn.ModuleList(nn.Linear(D, d, bias=False) for _ in range(depth * fused))
 
     def forward(self, e):
-        """Frozen e (K, N, D) -> adapted w_kn (K, N, D) and classifier w_k (K, D), of unit length."""
+        """Frozen e (K, N, D) -> adapted w_kn (K, N, D) and classifier w_k (K, D), both unit."""
         w = F.normalize(e + self.enla(e), dim=-1)
         return w, F.normalize(w.mean(1), dim=-1)
 
     def prompts(self, s):
         """P~ (J, M, d): visual prompts, each layer's shifted by its map of s (D,)."""
-        return (
-            torch.stack([p + f(s) for p, f in zip(self.visual, self.fuse, strict=True)])
-            if self.fuse
-            else self.visual
-        )
+        shift = [F_i(s) for F_i in self.fuse]
+        return self.visual + torch.stack(shift)[:, None] if shift else self.visual
 
     def visual_rows(self):
         return self.visual.flatten(0, 1)
@@ -78,10 +75,8 @@ class ExternalLayer(nn.Module):
 
 def sinkhorn(C, epsilon, iterations, tolerance=0.0):
     """Entropic transport plan (..., m, n) of cost C (..., m, n) between uniform marginals.
-
     In the log domain and fp32, where exp(-C / epsilon) would underflow (Cuturi 2013; Peyre and
-    Cuturi 2019, Sec. 4.4). Stops early when the row sums are within tolerance of 1/m (summed).
-    """
+    Cuturi 2019, Sec. 4.4). Stops early when the row sums are within tolerance of 1/m (summed)."""
     C = C.detach().float()
     m, n = C.shape[-2:]
     M = -C / epsilon
@@ -95,7 +90,7 @@ def sinkhorn(C, epsilon, iterations, tolerance=0.0):
 
 
 def transport(patches, w, cfg):
-    """Distance <T, C> (B, K) between patches (B, P, D) and templates w (B or 1, K, N, D); T fixed."""
+    """Distance <T, C> (B, K) of patches (B, P, D) to templates w (B or 1, K, N, D); T is fixed."""
     C = 1 - patches[:, None] @ w.transpose(-1, -2)  # (B, K, P, N)
     T = sinkhorn(C, cfg.epsilon, cfg.iterations, cfg.tolerance)
     return (T * C).sum((-1, -2))

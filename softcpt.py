@@ -77,11 +77,9 @@ class Config(common.Config):
 
 class SoftContext(nn.Module):
     """The learnables. V_t = reshape(W f_t), or V_c = reshape(W [f_c; f_t]) in the C variants.
-
     Variants: class part NA (none), CA, CS (class context shared or specific), then task part TA, TS
     (task context shared or specific). Baselines without W: MT, one context for all tasks; CA, one
-    per task (CoOp-MT and CoOp-CA of the paper's tables, trained jointly).
-    """
+    per task (CoOp-MT and CoOp-CA of the paper's tables, trained jointly)."""
 
     def __init__(self, cfg, d_t, D, tasks, classes):
         super().__init__()
@@ -89,7 +87,8 @@ class SoftContext(nn.Module):
         def context(rows, length):
             return nn.Parameter(0.02 * torch.randn(rows, length, d_t))
 
-        self.baseline, self.per_class = len(cfg.variant) == 2, cfg.variant[0] == "C"
+        self.baseline = cfg.variant in ("MT", "CA")
+        self.per_class = not self.baseline and cfg.variant[0] == "C"
         if self.baseline:
             self.ctx = context(tasks if cfg.variant == "CA" else 1, cfg.n_ctx)
             return
@@ -104,24 +103,17 @@ class SoftContext(nn.Module):
         return (self.ctx if self.baseline else self.task_ctx).flatten(0, 1)
 
 
-def pick(rows, table):
-    """rows (n,) of a context table (1 or G, M, d): None where all share its only row."""
-    return None if len(table) == 1 else rows
-
-
 def text_features(clip, prompt, titles, task_rows, names, name_rows, of):
     """(C, D) features, before normalisation, of classes in the contexts of their tasks.
-
     titles: embedded task names (T); task_rows (T,): their rows in task_ctx; names: the class names
     embedded for class_ctx and for V; name_rows (C,): their rows in class_ctx; of (C,): their tasks.
-    """
+    A context table with one row serves all."""
     if prompt.baseline:
-        return common.encode_prompts(clip, names[1], prompt.ctx, pick(task_rows[of], prompt.ctx))
-    f_t = common.encode_prompts(clip, titles, prompt.task_ctx, pick(task_rows, prompt.task_ctx))
+        return common.encode_prompts(clip, names[1], prompt.ctx, task_rows[of])
+    f_t = common.encode_prompts(clip, titles, prompt.task_ctx, task_rows)
     group, x = of, f_t
     if prompt.per_class:
-        rows = pick(name_rows, prompt.class_ctx)
-        f_c = common.encode_prompts(clip, names[0], prompt.class_ctx, rows)
+        f_c = common.encode_prompts(clip, names[0], prompt.class_ctx, name_rows)
         group, x = torch.arange(len(of), device=of.device), torch.cat([f_c, f_t[of]], 1)
     V = prompt.meta(x).unflatten(1, (-1, prompt.task_ctx.shape[-1]))  # (T or C, M, d_t)
     return common.encode_prompts(clip, names[1], V, group)
@@ -129,9 +121,7 @@ def text_features(clip, prompt, titles, task_rows, names, name_rows, of):
 
 def task_loss(logits, labels, column_task):
     """Mean cross-entropy over each sample's own task's columns (release: mtcoop.py, loss).
-
-    logits (B, C) over the classes of all tasks; labels (B,) columns; column_task (C,).
-    """
+    logits (B, C) over the classes of all tasks; labels (B,) columns; column_task (C,)."""
     foreign = column_task != column_task[labels][:, None]  # (B, C)
     return F.cross_entropy(logits.masked_fill(foreign, -math.inf), labels)
 
@@ -155,17 +145,12 @@ def train(cfg, clip, data):
     sizes = torch.tensor([len(d.classnames) for d in data], device=device)
     task_names, offsets = [d.name for d in data], sizes.cumsum(0) - sizes
     column_task = torch.arange(len(data), device=device).repeat_interleave(sizes)  # (C,)
-    union = data[0]._replace(
-        train=[
-            (path, label + offset, c)
-            for d, offset in zip(data, offsets.tolist(), strict=True)
-            for path, label, c in d.train
-        ]
-    )
+    pairs = zip(data, offsets.tolist(), strict=True)
+    union = [(path, label + start, c) for d, start in pairs for path, label, c in d.train]
     prompt = SoftContext(cfg, d_t, D, len(data), len(column_task)).to(device)
     optimizer, scheduler = common.sgd_cosine(prompt.parameters(), cfg.lr, cfg.epochs)
     times = 3 + prompt.per_class if cfg.official and not prompt.baseline else 1
-    batches = common.loader(cfg, clip, union, frozen=True)
+    batches = common.loader(cfg, clip, data[0]._replace(train=union), frozen=True)
 
     def embed(classnames):
         return [common.embed_names(clip, classnames, n) for n in (cfg.class_n_ctx, cfg.n_ctx)]
@@ -173,10 +158,7 @@ def train(cfg, clip, data):
     known = task_titles(cfg, task_names)
     titles = common.embed_names(clip, known, cfg.task_n_ctx)
     names = embed([c for d in data for c in d.classnames])
-    task_rows, every = (
-        torch.arange(len(data), device=device),
-        torch.arange(len(column_task), device=device),
-    )
+    task_rows, every = (torch.arange(len(x), device=device) for x in (data, column_task))
     for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, cfg.epochs):
         for f, labels in batches(epoch):
             columns, chosen = every, names
@@ -195,19 +177,15 @@ def train(cfg, clip, data):
         own = dataset.name in task_names
         t = task_names.index(dataset.name) if own else 0
         if not own and len(prompt.ctx if prompt.baseline else prompt.task_ctx) > 1:
-            raise common.Error(
-                f"--variant {cfg.variant}: no context for the new task {dataset.name}"
-            )
+            raise common.Error(f"--variant {cfg.variant}: no context for a new task {dataset.name}")
         if cfg.variant.startswith("CS") and (not own or dataset.classnames != data[t].classnames):
             raise common.Error(f"--variant {cfg.variant}: no class context for other class names")
         title = known[t] if own else task_titles(cfg, [dataset.name], new=True)[0]
-        rows = torch.arange(len(dataset.classnames), device=device)
+        title = common.embed_names(clip, [title], cfg.task_n_ctx)
+        rows = offsets[t] + torch.arange(len(dataset.classnames), device=device)
+        of, task = torch.zeros_like(rows), torch.tensor([t], device=device)
         with torch.no_grad():
-            one = common.embed_names(clip, [title], cfg.task_n_ctx)
-            row, of = torch.tensor([t], device=device), torch.zeros_like(rows)
-            w = text_features(
-                clip, prompt, one, row, embed(dataset.classnames), offsets[t] + rows, of
-            )
+            w = text_features(clip, prompt, title, task, embed(dataset.classnames), rows, of)
             w = F.normalize(w, dim=-1)
         return lambda f, images: s * f @ w.T
 
@@ -230,35 +208,31 @@ def load_tasks(cfg):
     """The data sets of cfg.dataset, one per task, a name each."""
     root = Path(cfg.data)
     if cfg.dataset == "plant6":
-        sets = []
-        for folder, kind in PLANT6.items():
-            d = common.load_dataset(str(root / folder), root)
+        sets = [common.load_dataset(str(root / folder), root) for folder in PLANT6]
+        for k, (folder, kind) in enumerate(PLANT6.items()):
             template = f"a photo of a {{}}, a type of {kind}."
-            d = d._replace(name=folder.split("/")[0], template=template)
-            sets.append(plant_village(d) if d.name == "PlantVillage" else d)
-        return sets
+            sets[k] = sets[k]._replace(name=folder.split("/")[0], template=template)
+        pairs = [c.split("___") for c in sets[-1].classnames]  # PlantVillage: plant, disease
+        names = [f"{p[0]} leaf with {p[1]} disease" if len(p) > 1 else p[0] for p in pairs]
+        template = "a photo of a plant leaf with {} disease."
+        return [*sets[:-1], sets[-1]._replace(classnames=names, template=template)]
     if cfg.dataset == "fashion20":
-        folders = common.listed(root / "fashion20/images", True)
-        sets = [common.load_dataset(str(root / "fashion20/images" / f), root) for f in folders]
-        return [
-            d._replace(name=f"fashion20 {d.name}", template=f"a photo of {{}}, a type of {kind}.")
-            for d, kind in zip(sets, FASHION, strict=True)
-        ]
+        place = root / "fashion20/images"
+        sets = [common.load_dataset(str(place / f), root) for f in common.listed(place, True)]
+        titles = [f"a photo of {{}}, a type of {kind}." for kind in FASHION]
+        pairs = zip(sets, titles, strict=False)
+        return [d._replace(name=f"fashion20 {d.name}", template=t) for d, t in pairs]
     names = GENERAL10 if cfg.dataset == "general10" else cfg.dataset.split(",")
-    for name in names if cfg.download else ():
-        common.tool("download").download(name, root)
+    if cfg.download:
+        from tests import download
+
+        for name in names:
+            download.download(name, root)
     sets = [common.load_dataset(name, root) for name in names]
     for d in sets:
         if sum(d.name == other.name for other in sets) > 1:
             raise common.Error(f"two tasks are named {d.name!r}; rename one folder")
     return sets
-
-
-def plant_village(d):
-    """Names as the release has them: "<plant> leaf with <disease> disease"."""
-    pairs = [c.split("___") for c in d.classnames]
-    names = [f"{p[0]} leaf with {p[-1]} disease" if len(p) == 2 else p[0] for p in pairs]
-    return d._replace(classnames=names, template="a photo of a plant leaf with {} disease.")
 
 
 def main(cfg):

@@ -44,9 +44,7 @@ class Config(common.Config):
 
 class UnifiedPrompt(nn.Module):
     """S = LN1(U + Drop(MHA(U, U, U)));  U^ = S + Drop(W2 Drop(ReLU(W1 LN2(S)))).
-
-    Text prompts are U^'s first M rows as they are, visual prompts a linear map of the rest.
-    """
+    Text prompts are U^'s first M rows as they are, visual prompts a linear map of the rest."""
 
     def __init__(self, cfg, d_t, d, layers):
         super().__init__()

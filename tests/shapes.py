@@ -308,7 +308,7 @@ def accuracy(clip, vocabulary, count=2000):
 
 CROP = (0.5, 1.0)  # area kept by the training crop: the papers' .08 of 32 pixels shows no shape
 Task = namedtuple("Task", "classes template change variety", defaults=[{}])
-CAMERA = {"colour": 0.5, "gamma": 1.3, "grain": 0.15}
+CAMERA = {"colour": 0.5, "gamma": 1.2, "grain": 0.2}  # of the few-shot tasks
 TASKS = {
     "shapes": Task("shape", "a photo of a {}.", CAMERA),
     "shapes_clean": Task("shape", "a photo of a {}.", {}),
@@ -317,6 +317,9 @@ TASKS = {
     "shapes_grey": Task("shape", "a photo of a {}.", {"colour": 0.0}),
     "textures": Task("texture", "a photo of a {} thing.", CAMERA),
     "colours": Task("colour", "a photo of a {} thing.", CAMERA),
+    # UPT's two cases: much variety inside a class, and classes that look alike
+    "shapes_varied": Task("outline", "a photo of a {}.", CAMERA, {"tilt": 180.0, "spread": 1.8}),
+    "shapes_alike": Task("ring", "a photo of a {}.", CAMERA),
 }
 COUNTS = {"train": 20, "val": 4, "test": 50}  # per class
 
@@ -336,6 +339,11 @@ def class_names(kind):
         return {t: (-1, i, -1) for i, t in enumerate(TEXTURES)}
     if kind == "colour":
         return {c: (-1, -1, i) for i, c in enumerate(COLOURS)}
+    if kind == "outline":
+        return {s: (i, -1, -1) for i, s in enumerate(SHAPES)}
+    if kind == "ring":
+        pairs = [(c, i, t, j) for i, c in enumerate(COLOURS) for j, t in enumerate(TEXTURES)]
+        return {f"{c}_{t}_ring": (SHAPES.index("ring"), j, i) for c, i, t, j in pairs}
     return {f"{t}_{s}": (i, j, -1) for i, s in enumerate(SHAPES) for j, t in enumerate(TEXTURES)}
 
 

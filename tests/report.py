@@ -1,0 +1,181 @@
+"""The tables and the figure of all recorded runs: python common.py report [--plot accuracy.png].
+
+Reads results.jsonl; a repeated run replaces its earlier line. Cells are mean ± std (ddof 0) over the
+seeds, from full precision; H of an average is that of the averaged base and new accuracies.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+import common
+import softcpt
+
+COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"]
+ORDER = ["coop", "dpt", "upt", "enprompt", "softcpt"]
+
+
+def read(out):
+    """Rows of out/results.jsonl, the last of each run and evaluation, with label and value added."""
+    path = Path(out, "results.jsonl")
+    if not path.exists():
+        raise common.Error(f"{path}: nothing is recorded there yet; --out names another folder")
+    rows = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        options = re.sub(r"^\d+shots_seed\d+(_classes=base)?", "", Path(row["run"]).name)
+        row["label"] = " ".join([row["method"], *filter(None, options.split("_", 1)[1:])])
+        mean = row["method"] == "softcpt" and softcpt.scored_per_class(row["evaluated_on"])
+        row["value"] = row["mean_class_accuracy" if mean else "accuracy"]
+        row["transferred"] = row["evaluated_on"] in row["config"]["transfer"].split(",")
+        rows[row["run"], row["evaluated_on"], row["classes"]] = row
+    return sorted(
+        rows.values(),
+        key=lambda r: (ORDER.index(r["method"]) if r["method"] in ORDER else -1, r["label"]),
+    )
+
+
+def grouped(rows):
+    """{label: {data set: [value per seed]}} with zero-shot CLIP first."""
+    table = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        table["zero-shot"][row["evaluated_on"]] = [row["zero_shot"]]
+        if row["method"] != "zero_shot":
+            table[row["label"]][row["evaluated_on"]].append(row["value"])
+    return table
+
+
+def cell(values):
+    return (
+        f"{np.mean(values):.2f} ± {np.std(values):.2f} ({len(values)})"
+        if len(values) > 1
+        else f"{values[0]:.2f}"
+    )
+
+
+def markdown(head, rows):
+    """A Markdown table as text."""
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def accuracy_table(rows):
+    """One row per method, one column per data set and their average (where a method has them all)."""
+    names = sorted({row["evaluated_on"] for row in rows})
+    body = []
+    for label, sets in grouped(rows).items():
+        cells = [cell(sets[n]) if n in sets else "" for n in names]
+        whole = len(names) > 1 and all(n in sets for n in names)
+        average = f"{np.mean([np.mean(sets[n]) for n in names]):.2f}" if whole else ""
+        body.append([label, *cells] + [average] * (len(names) > 1))
+    return markdown(["method", *names] + ["average"] * (len(names) > 1), body)
+
+
+def base_new_table(rows):
+    """base / new / H per data set; the last column from the averaged base and new."""
+    names = sorted({row["evaluated_on"] for row in rows})
+    halves = {half: grouped([r for r in rows if r["classes"] == half]) for half in ("base", "new")}
+    body = []
+    for label in halves["base"]:
+        pairs = [
+            [np.mean(halves[h][label][n]) if halves[h][label][n] else np.nan for h in halves]
+            for n in names
+        ]
+        pairs.append(np.mean(pairs, 0))
+        body.append([label] + [f"{b:.2f} / {n:.2f} / {2 * b * n / (b + n):.2f}" for b, n in pairs])
+    return markdown(["base / new / H", *names, "average"], body)
+
+
+def tables(rows):
+    """All tables as Markdown: by model and shots; few-shot, base-to-new, then transfer by source."""
+    text = []
+    # zero-shot runs have no shots; they join every table of their model through row 0
+    kinds = sorted({(r["model"], r["shots"]) for r in rows if r["method"] != "zero_shot"})
+    kinds = kinds or sorted({(r["model"], r["shots"]) for r in rows})
+    for model, shots in kinds:
+        some = [r for r in rows if (r["model"], r["shots"]) == (model, shots)]
+        own = [r for r in some if not r["transferred"]]
+        if few := [r for r in own if r["classes"] == "all"]:
+            text.append(f"{model}, {shots} shots\n\n{accuracy_table(few)}")
+        if half := [r for r in own if r["classes"] != "all"]:
+            text.append(f"{model}, {shots} shots, base to new\n\n{base_new_table(half)}")
+        for source in sorted({r["dataset"] for r in some if r["transferred"]}):
+            moved = [r for r in some if r["transferred"] and r["dataset"] == source]
+            text.append(
+                f"{model}, {shots} shots of {source}, evaluated on\n\n{accuracy_table(moved)}"
+            )
+    return "\n\n".join(text)
+
+
+def plot(rows, file):
+    """Accuracy against shots: one panel per data set and one for the average, ± 1 std bands."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise common.Error("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in rows if r["classes"] == "all" and not r["transferred"] and r["shots"]]
+    if not rows:
+        raise common.Error("--plot: no few-shot run is recorded yet")
+    names = sorted({r["evaluated_on"] for r in rows})
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    panels = [*names, "average"] if len(names) > 1 else names
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.8 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, panels, strict=False):
+        wanted = names if name == "average" else [name]
+        zero = [np.mean([r["zero_shot"] for r in rows if r["evaluated_on"] == n]) for n in wanted]
+        axis.axhline(np.mean(zero), color="black", linestyle=":", label="zero-shot")
+        for label, colour in zip(labels, COLOURS * len(labels), strict=False):
+            points = []
+            for shots in sorted({r["shots"] for r in rows if r["label"] == label}):
+                seeds = defaultdict(dict)
+                for r in rows:
+                    if r["label"] == label and r["shots"] == shots:
+                        seeds[r["seed"]][r["evaluated_on"]] = r["value"]
+                whole = [
+                    np.mean([s[n] for n in wanted])
+                    for s in seeds.values()
+                    if s.keys() >= set(wanted)
+                ]
+                if whole:
+                    points.append((shots, np.mean(whole), np.std(whole)))
+            if points:
+                x, mean, std = np.array(points).T
+                axis.plot(x, mean, marker="o", markersize=3, color=colour, label=label)
+                axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+        ticks = sorted({r["shots"] for r in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[-1, 0].set_xlabel("training images per class")
+    axes[0, 0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser("python common.py report", description=__doc__)
+    parser.error = lambda message: common.stop(f"{message}; --help lists every option")
+    parser.add_argument("--out", default="runs", help="folder of the recorded runs [runs]")
+    parser.add_argument("--plot", default="", help="also draw accuracy against shots to this file")
+    options = parser.parse_args(sys.argv[2:])
+    try:
+        rows = read(options.out)
+        print(tables(rows))
+        if options.plot:
+            plot(rows, options.plot)
+    except (common.Error, OSError) as problem:
+        common.stop(problem)
