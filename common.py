@@ -49,8 +49,7 @@ try:
 except ImportError:
     shapes = None
 
-# Data set, folder below --data, images below that, and a reader: wnids, aircraft, or the <name> of
-# split_zhou_<name>.json followed by that file's git blob id.
+# Data set, folder below --data, images in it, reader (with a git blob id: split_zhou_<it>.json).
 TABLE = """
 imagenet        imagenet             images                                  wnids
 caltech101      caltech-101          101_ObjectCategories   Caltech101             8be694a80de04a39
@@ -84,7 +83,6 @@ IMAGE_TYPES = set(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split()
 BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as Dassl
 PARTS = "train", "val", "test"
-MOMENTUM = "momentum."  # prefix of buffers in a checkpoint
 Dataset = namedtuple("Dataset", "name train val test classnames template")
 Names = namedtuple("Names", "sos tail eot length")
 
@@ -121,9 +119,9 @@ class Config:
     interpret: bool = False  # with --load: the words nearest to each learned text vector
 
 
-# From device on, options do not change what is learned, so they are no part of a run's name.
+# The options from device on do not change what is learned, so they are no part of a run's name.
 UPKEEP = [field.name for field in dataclasses.fields(Config)]
-UPKEEP = {"dataset", "transfer", "attention", "task", *UPKEEP[UPKEEP.index("device") :]}
+UPKEEP = {*UPKEEP[UPKEEP.index("device") :], "transfer", "attention", "task"}
 
 
 def cli(cls, argv=None):
@@ -157,9 +155,9 @@ def run_folder(cfg):
     """runs/<method>/<dataset>/<name>; the name holds every option that changes what is learned."""
     name = f"{cfg.shots}shots_seed{cfg.seed}"
     for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if field.name not in UPKEEP | {"shots", "seed"} and value != field.default:
-            name += f"_{field.name}={value}"
+        if field.name not in UPKEEP | {"dataset", "shots", "seed"}:
+            value = getattr(cfg, field.name)
+            name += f"_{field.name}={value}" * (value != field.default)
     place = [re.sub(r"[^\w.=+,-]+", "-", part).strip("-.") for part in (cfg.dataset, name)]
     place = [p if len(p) < 150 else p[:110] + hashlib.md5(p.encode()).hexdigest() for p in place]
     return Path(cfg.out, method(cfg), *place)
@@ -175,7 +173,7 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     model: open_clip name, "local-dir:DIR" or "hf-hub:NAME"; pretrained: tag, file, "" for random
     weights. QuickGELU follows the tag (open_clip only warns). precision "amp" (fp16) or "bf16" hold
     the matrices of both towers in half, all else in fp32. Adds .tokenize, .half_dtype (None in
-    fp32) and .fingerprint (of the fp32 weights). Raises Error for what is unknown or unsupported."""
+    fp32) and .fingerprint (of the fp32 weights). Raises Error for an unknown or unsupported one."""
     named, known = ":" not in model, open_clip.list_models()
     if named and model not in known:
         near = ", ".join(difflib.get_close_matches(model, known, 3, 0.3))
@@ -216,9 +214,8 @@ def autocast(clip):
 
 
 def _block(block, x, past=None, rows=None, mask=None):
-    """One frozen pre-LN block on x (B, L, d); past (B, P, 2d): keys and values put in front.
-    rows: index of the rows of x whose output is wanted (None: all); mask: True = may attend.
-    Returns the rows' output and the keys and values (B, L, 2d) of x."""
+    """One frozen pre-LN block: x (B, L, d) attends to past (B, P, 2d) keys and values and itself.
+    rows: index of those wanted (None: all); mask: True = may attend. Returns them and own kv of x."""
     attn, d = block.attn, x.shape[-1]
     y = block.ln_1(x)
     own = kv = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:])
@@ -234,10 +231,9 @@ def _block(block, x, past=None, rows=None, mask=None):
 
 
 def encode_text(clip, prefix, suffix, eot, group=None):
-    """Text features of prefix + suffix, each shared prefix encoded once.
-    The mask is causal: what precedes the class name is the same for all classes of a context and
-    nothing after the EOT reaches it. So a prefix runs through the tower once, its keys and values
-    are kept, and the suffixes, cut at the last EOT, attend to them.
+    """Text features of prefix + suffix: the causal mask makes what precedes the class name the same
+    for all classes of a context, and lets nothing after the EOT reach it. So each prefix runs
+    through the tower once, and the suffixes, cut at the last EOT, attend to its keys and values.
     prefix (G, P, d), suffix (K, S, d): token embeddings without positions. eot (K,): the EOT's
     position in the whole sequence. group (K,): the prefix of each class (None: row 0).
     Returns (K, D) fp32 features before normalisation: clip.encode_text of the same sequences."""
@@ -260,26 +256,25 @@ def encode_text(clip, prefix, suffix, eot, group=None):
 def encode_image(clip, images, prompts=None, patches=False):
     """Image features, with prompt rows from one hook.
     prompts(i, tokens) is asked before block i, and at i = -1 before ln_pre, with the (B, 1 + N, d)
-    tokens that are not prompts. The (P, d) or (B, P, d) rows it returns replace the prompt rows;
-    None keeps them. Attention is blind to the order of tokens, so the rows stand at the end.
-    images (B, 3, H, W), normalised. Returns (B, D) fp32 features before normalisation, without
-    prompts those of clip.encode_image; with patches=True also the patches' (B, N, D), through
-    ln_post and the projection. Raises Error for prompts or patches in a ResNet."""
+    tokens that are not prompts. The (P, d) or (B, P, d) rows it returns replace the prompt rows,
+    None keeps them; they stand at the end, as attention is blind to order. images (B, 3, H, W),
+    normalised. Returns (B, D) fp32 features before normalisation, without prompts those of
+    clip.encode_image; with patches=True also the patches' (B, N, D). A ResNet raises Error."""
     visual = clip.visual
-    if not hasattr(visual, "transformer"):
-        if prompts or patches:
-            raise Error("a ResNet image tower takes no visual prompts; try --model ViT-B-16")
-        with autocast(clip):
-            return visual(images).float()
     with autocast(clip):
+        if not hasattr(visual, "transformer"):
+            if prompts or patches:
+                raise Error("a ResNet image tower takes no visual prompts; try --model ViT-B-16")
+            return visual(images).float()
         x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
         x, count = x + visual.positional_embedding, x.shape[1]
 
         def ask(i, x):
-            rows = prompts(i, x[:, :count]) if prompts else None
-            rows = x[:, count:] if rows is None else rows.expand(len(x), -1, -1).to(x.dtype)
-            return torch.cat([x[:, :count], rows], 1)
+            rows = prompts and prompts(i, x[:, :count])
+            if rows is None:
+                return x
+            return torch.cat([x[:, :count], rows.expand(len(x), -1, -1).to(x.dtype)], 1)
 
         x, blocks = visual.ln_pre(ask(-1, x)), visual.transformer.resblocks
         for i, block in enumerate(blocks):
@@ -298,14 +293,12 @@ def unit_features(clip, images):
 def embed_names(clip, names, n_ctx, template="{}."):
     """What surrounds a learned context in "[SOS] X ... X <name>.", with n_ctx places X.
     Returns sos (1, 1, d); tail (K, S, d): name, ".", EOT, padding; eot (K,): the EOT's position;
-    length (K,): tokens of the name, counted in the sentence, where a "." may merge with its own.
-    Raises Error naming a class whose sentence is too long."""
+    length (K,): the name's tokens in the sentence, where a "." may merge. Too long raises Error."""
     names = [name.replace("_", " ") for name in names]
     texts = [" ".join(["X"] * n_ctx + [template.format(name)]) for name in names]
     for text, name in zip(texts, names, strict=True):
         if len(clip.tokenize.encode(text)) + 2 > clip.context_length:
-            limit = f"{clip.context_length} tokens with its context"
-            raise Error(f"class name {name[:60]!r} is too long for {limit}; shorten it")
+            raise Error(f"class name {name[:60]!r} is too long for {clip.context_length} tokens")
     ids = clip.tokenize(texts).to(clip.logit_scale.device)
     x, eot = clip.token_embedding(ids[:, : ids.argmax(1).max() + 1]), ids.argmax(1)
     return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, eot - n_ctx - 2)
@@ -327,10 +320,8 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
     behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
     prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx[:, : M - behind]], 1)
     if behind:
-        after = ctx[:, M - behind :]
-        one = group is None or len(ctx) == 1
-        after = after[:1].expand(len(suffix), -1, -1) if one else after[group]
-        suffix = torch.cat([after, suffix], 1)  # (K, behind + S, d): V, name, rest; to be ordered
+        rows = [0] * len(suffix) if group is None else group
+        suffix = torch.cat([ctx[rows, M - behind :], suffix], 1)  # V, name, rest; to be ordered
         j, n = torch.arange(suffix.shape[1], device=ctx.device), names.length[:, None]
         order = torch.where(j < n, j + behind, torch.where(j < n + behind, j - n, j))
         suffix = suffix.gather(1, order[..., None].expand(suffix.shape))
@@ -353,10 +344,9 @@ def load_dataset(name, root="data"):
     folder, images, reader, *blob = TABLE[name]
     folder, template = Path(root, folder), TEMPLATES.get(name, PHOTO)
     split, images = folder / f"split_zhou_{reader}.json", folder / images
+    source = split if blob else folder
     if not (images / ("cars_train" if name == "stanford_cars" else "")).is_dir():
-        fix = ["--download fetches it", "image-net.org has it; needs train/ and val/"][
-            name == "imagenet"
-        ]
+        fix = "image-net.org has it" if name == "imagenet" else "--download fetches it"
         raise Error(f"{name}: no folder {images}; {fix}; --data names the folder above")
     if blob and not split.exists():
         from tests import download
@@ -376,9 +366,8 @@ def load_dataset(name, root="data"):
         else:
             parts = _from_wnids(name, images)
     except (OSError, ValueError, TypeError, LookupError) as problem:
-        source = split if blob else folder
         raise Error(f"{source} is not as published ({problem}); get it anew") from None
-    return _checked(name, parts, template, split if blob else folder)
+    return _checked(name, parts, template, source)
 
 
 def _checked(name, splits, template, source):
@@ -404,8 +393,7 @@ def listed(folder, folders=False):
 
 
 def _from_wnids(name, images):
-    """ImageNet and its variants by WordNet folder; A and R have labels of their own, V2's folders
-    are labels. Sorted, where CoOp's listing was not, so its picks depended on the file system."""
+    """By WordNet folder (V2: by label), sorted; CoOp's listing was not, so its picks varied."""
     from timm.data import ImageNetInfo
 
     keys = ImageNetInfo().label_names() if name != "imagenetv2" else map(str, range(1000))
@@ -438,9 +426,9 @@ def _from_folders(folder):
 
 
 def sample_few_shot(dataset, shots, seed):
-    """CoOp's few-shot picks (Dassl data/datasets/base_dataset.py, generate_fewshot_dataset).
-    Per class in order of first appearance, train and then val (at most 4) from one random stream; a
-    class with too few keeps all. shots < 1 keeps everything; test is never sampled."""
+    """CoOp's few-shot picks (Dassl data/datasets/base_dataset.py): classes by first appearance,
+    train and then val (at most 4) from one random stream; a class with too few keeps all, as does
+    every class where shots is 0. test is never sampled."""
     rng = random.Random(seed)
 
     def few(items, k):
@@ -449,10 +437,9 @@ def sample_few_shot(dataset, shots, seed):
             groups[item[1]].append(item)
         return [x for g in groups.values() for x in (rng.sample(g, k) if len(g) >= k else g)]
 
-    if shots < 1:
+    if not shots:
         return dataset
-    train = few(dataset.train, shots)
-    return dataset._replace(train=train, val=few(dataset.val, min(shots, 4)))
+    return dataset._replace(train=few(dataset.train, shots), val=few(dataset.val, min(shots, 4)))
 
 
 def subset_classes(dataset, half):
@@ -489,16 +476,14 @@ def decoded(pool, groups):
 
 
 def views(clip, pictures, boxes=None, mirror=None):
-    """(B, 3, side, side) normalised views of uint8 pictures, made on clip's device.
-    boxes: (top, left, height, width) each, cropped and resized to the square; None: the test view,
-    shorter edge resized and centre cropped. mirror: bools. Antialiased bicubic, as PIL's."""
+    """(B, 3, side, side) normalised views of uint8 pictures, antialiased bicubic as PIL's.
+    boxes: (top, left, height, width) each, resized to the square, then mirrored where mirror says;
+    None: the test view, shorter edge resized and centre cropped."""
     size, x = int(np.max(clip.visual.image_size)), [p.to(clip.logit_scale.device) for p in pictures]
     if boxes is None:
         x = [vision.center_crop(vision.resize(p, size, BICUBIC), size) for p in x]
     else:
-        x = [
-            vision.resized_crop(p, *b, [size, size], BICUBIC) for p, b in zip(x, boxes, strict=True)
-        ]
+        x = [vision.resized_crop(p, *b, [size] * 2, BICUBIC) for p, b in zip(x, boxes, strict=True)]
         x = [p.flip(-1) if flip else p for p, flip in zip(x, mirror, strict=True)]
     return vision.normalize(torch.stack(x) / 255, clip.visual.image_mean, clip.visual.image_std)
 
@@ -508,9 +493,8 @@ def loader(cfg, clip, data, frozen=False, repeat=0):
     x: augmented images (B, 3, side, side), or with frozen=True their unit features (B, D), encoded
     for the whole epoch first, in large batches without gradient: the same numbers in another order.
     repeat: encode this many epochs' views once and use them in turn (0: new views every epoch).
-    Views and order depend on (seed, epoch) alone. As Dassl's loader: no image twice in an epoch,
-    the last short batch dropped unless it is the only one; RandomResizedCrop (.08 to 1 of the area,
-    ratio 3/4 to 4/3, bicubic) and flip. Pictures stay decoded in memory up to cfg.cache_gb."""
+    Views and order depend on (seed, epoch) alone. As Dassl's: no image twice in an epoch, a last
+    short batch dropped unless it is the only one; RandomResizedCrop (area .08 to 1) and flip."""
     pool, n, encoded = ThreadPoolExecutor(cfg.workers), len(data.train), {}
     pictures = [item[0] for item in data.train]
     labels = torch.tensor([item[1] for item in data.train], device=clip.logit_scale.device)
@@ -554,9 +538,8 @@ def loader(cfg, clip, data, frozen=False, repeat=0):
 def sgd_cosine(groups, lr, epochs, warmup=1):
     """(optimizer, scheduler): SGD (momentum .9, weight decay 5e-4) and Dassl's cosine schedule.
     groups: parameters, or dicts {"params", "lr", "warmup"} with their own lr and warm-up. After k
-    scheduler.step() calls a group's rate is 1e-5 for k < warmup, then
-    lr/2 (1 + cos(pi (k - warmup) / epochs)), which never reaches 0: the period is not shortened by
-    the warm-up (Dassl optim/lr_scheduler.py, ConstantWarmupScheduler with WARMUP_RECOUNT)."""
+    scheduler.step() calls the rate is 1e-5 for k < warmup, then lr/2 (1 + cos(pi (k - warmup) /
+    epochs)): never 0, as the warm-up does not shorten the period (Dassl optim/lr_scheduler.py)."""
     groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
     groups = [{"lr": lr, "warmup": warmup, **g} for g in groups]
 
@@ -583,8 +566,7 @@ def step(loss, optimizer, times=1):
     before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    skipped = scaler.get_scale() < before
-    optimizer.skipped += skipped
+    optimizer.skipped += (skipped := scaler.get_scale() < before)
     for _ in range(0 if skipped else times - 1):
         optimizer.step()
 
@@ -602,9 +584,8 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     optimizer.scaler = torch.amp.GradScaler(device, enabled=fp16)
     if part.exists():
         tensors, meta = restore(cfg, clip, prompt, part)
-        state = {
-            int(k[9:]): {"momentum_buffer": t} for k, t in tensors.items() if k[:9] == MOMENTUM
-        }
+        state = {k[9:]: {"momentum_buffer": t} for k, t in tensors.items() if "momentum." in k}
+        state = {int(i): buffers for i, buffers in state.items()}
         optimizer.load_state_dict({"state": state, "param_groups": meta["groups"]})
         optimizer.scaler.load_state_dict(meta["scaler"])
         first, seconds, scheduler.last_epoch, optimizer.skipped = meta["progress"]
@@ -620,12 +601,11 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         seconds += time.time() - start
         tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
         for i, buffers in state["state"].items() if not last else ():
-            tensors[f"{MOMENTUM}{i}"] = buffers["momentum_buffer"]
+            tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
         meta = {"method": method(cfg), "model": cfg.model, "fingerprint": clip.fingerprint}
         meta |= {"data": sets, "config": vars(cfg), "scaler": optimizer.scaler.state_dict()}
         progress = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
         meta |= {"progress": progress, "groups": state["param_groups"]}
-        tensors = {name: t.contiguous() for name, t in tensors.items()}
         write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
     part.unlink(missing_ok=True)
     if optimizer.skipped:
@@ -645,10 +625,9 @@ def restore(cfg, clip=None, prompt=None, path=None):
         raise Error(f"{path} belongs to {owner}.py, not to {method(cfg)}.py")
     if clip and weights != clip.fingerprint:
         raise Error(f"{path} was trained with other CLIP weights, of {meta['model']}")
-    learned = {name: t for name, t in tensors.items() if MOMENTUM not in name}
     try:
         if prompt:
-            prompt.load_state_dict(learned)
+            prompt.load_state_dict({n: t for n, t in tensors.items() if "momentum." not in n})
     except RuntimeError as problem:
         raise Error(f"{path} does not fit these options: {problem}") from None
     return tensors, meta
@@ -702,25 +681,24 @@ def classify(cfg, clip, items, logits, images):
 
 def evaluate(logits, labels):
     """(overall, mean per class) accuracy in percent of logits (n, K) for labels (n,)."""
-    right = (logits.argmax(1) == labels).double()
-    classes = [right[labels == k].mean() for k in labels.unique()]
-    return 100 * right.mean().item(), 100 * torch.stack(classes).mean().item()
+    right = 100 * (logits.argmax(1) == labels).double()
+    return right.mean().item(), np.mean([right[labels == k].mean() for k in labels.unique()])
 
 
 def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
     """Carries out the grid of cfg: train, evaluate, record; returns the last run's accuracy (%).
     train(cfg, clip, data) returns the learned module and predictor(dataset), which returns
-    logits(f, x) for unit image features f (B, D) and, where images is set, pictures x. tasks(cfg)
-    lists the data sets learned jointly (SoftCPT), and those of them for which per_class(name) holds
-    are scored by their mean per class. Bad input ends in one line and exit code 2."""
+    logits(f, x) of unit image features f (B, D) and, where images is set, pictures x. tasks(cfg)
+    lists data sets to learn jointly; those for which per_class(name) holds are scored by their mean
+    per class. Bad input ends in one line and exit code 2."""
     try:
         if cfg.load:  # the options it was trained with, where the command line names no other
-            saved, own = restore(cfg)[1]["config"], UPKEEP - {"dataset"}
+            saved, own = restore(cfg)[1]["config"], UPKEEP
             for f in dataclasses.fields(cfg):
                 if f.name not in own and getattr(cfg, f.name) == f.default:
                     cfg = dataclasses.replace(cfg, **{f.name: saved[f.name]})
         names = [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")
-        lists = [v if type(v) is list else [v] for v in (cfg.shots, cfg.seed)]
+        lists = ([v] if type(v) is int else v for v in (cfg.shots, cfg.seed))
         grid = list(itertools.product(names, *lists))
         if cfg.shard:
             i, _, n = cfg.shard.partition("/")
@@ -739,7 +717,7 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
 
 def _run_one(cfg, train, images, tasks, per_class):
     for name, value in vars(cfg).items():
-        low = 1 if name in ("batch_size", "workers") else 0
+        low = name in ("batch_size", "workers")  # at least 1; all other numbers at least 0
         if type(value) in (int, float) and not low <= value < 1e9:
             raise Error(f"--{name} {value} is out of range")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -775,13 +753,14 @@ def _run_one(cfg, train, images, tasks, per_class):
     new = {key: d for key, d in todo.items() if key not in rows}
     if new:
         clip, prompt, predictor = learn(known or [parts[d.name, halves[0]] for d in sets])
-        final = folder / "prompt.safetensors"
-        seconds = restore(cfg, path=final)[1]["progress"][1] if prompt else 0.0
+        seconds = (
+            restore(cfg, path=folder / "prompt.safetensors")[1]["progress"][1] if prompt else 0
+        )
         common = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
         common |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
-        common |= {"official": getattr(cfg, "official", False)}
-        common |= {"run": str(folder), "config": vars(cfg), "train_seconds": seconds}
+        common |= {"official": getattr(cfg, "official", False), "train_seconds": seconds}
         common |= {"torch": torch.__version__, "open_clip": open_clip.__version__}
+        common |= {"run": str(folder), "config": vars(cfg)}
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
         git = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         common |= {"commit": git, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -796,7 +775,8 @@ def _run_one(cfg, train, images, tasks, per_class):
         row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20}
         rows[name, half] = common | row
     if new:
-        with open(Path(cfg.out, "results.lock"), "w") as lock:  # two processes lose nothing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:  # two processes lose nothing
             fcntl.flock(lock, fcntl.LOCK_EX)
             lines = [json.dumps(rows[key]) + "\n" for key in new]
             write(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
