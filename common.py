@@ -215,7 +215,7 @@ def autocast(clip):
 
 def _block(block, x, past=None, rows=None, mask=None):
     """One frozen pre-LN block: x (B, L, d) attends to past (B, P, 2d) keys and values and itself.
-    rows: index of those wanted (None: all); mask: True = may attend. Returns them and own kv of x."""
+    rows: index of those wanted (None: all); mask: True = may attend. Returns them and own kv."""
     attn, d = block.attn, x.shape[-1]
     y = block.ln_1(x)
     own = kv = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:])
