@@ -82,6 +82,7 @@ SEVEN = [t("{}") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # CoOp's ensembl
 IMAGE_TYPES = set(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as Dassl
+CLASS_TOKEN = slice(None), slice(0, 1)  # in tokens (B, 1 + N, d)
 PARTS = "train", "val", "test"
 Dataset = namedtuple("Dataset", "name train val test classnames template")
 Names = namedtuple("Names", "sos tail eot length")
@@ -213,44 +214,56 @@ def autocast(clip):
     return torch.autocast(device, clip.half_dtype, enabled=clip.half_dtype is not None)
 
 
-def _block(block, x, past=None, rows=None, mask=None):
-    """One frozen pre-LN block: x (B, L, d) attends to past (B, P, 2d) keys and values and itself.
-    rows: index of those wanted (None: all); mask: True = may attend. Returns them and own kv."""
+def _block(block, x, attend, rows=None):
+    """One frozen pre-LN block on x (..., d); attend(q, kv): the attention of q to kv (..., 2d).
+    rows: index of those wanted (None: all). Returns their output and the keys and values of x."""
     attn, d = block.attn, x.shape[-1]
     y = block.ln_1(x)
-    own = kv = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:])
-    if past is not None:
-        kv = torch.cat([past, kv], 1)
+    kv = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:])
     if rows is not None:
         x, y = x[rows], y[rows]
     q = F.linear(y, attn.in_proj_weight[:d], attn.in_proj_bias[:d])
-    heads = [t.unflatten(-1, (attn.num_heads, -1)) for t in (q, *kv.chunk(2, -1))]
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in heads), attn_mask=mask)
-    x = x + block.ls_1(attn.out_proj(y.transpose(1, 2).flatten(2)))
-    return x + block.ls_2(block.mlp(block.ln_2(x))), own
+    x = x + block.ls_1(attn.out_proj(attend(q, kv, heads=attn.num_heads)))
+    return x + block.ls_2(block.mlp(block.ln_2(x))), kv
+
+
+def attention(q, kv, heads, mask=None):
+    """Attention of q (B, Q, d) to keys and values kv (B, T, 2d); mask: True = may attend."""
+    parts = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1))]
+    return F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def encode_text(clip, prefix, suffix, eot, group=None):
     """Text features of prefix + suffix: the causal mask makes what precedes the class name the same
     for all classes of a context, and lets nothing after the EOT reach it. So each prefix runs
-    through the tower once, and the suffixes, cut at the last EOT, attend to its keys and values.
+    through the tower once, and the suffixes, cut at their EOT, attend to its keys and values.
     prefix (G, P, d), suffix (K, S, d): token embeddings without positions. eot (K,): the EOT's
     position in the whole sequence. group (K,): the prefix of each class (None: row 0).
     Returns (K, D) fp32 features before normalisation: clip.encode_text of the same sequences."""
-    P, blocks, one = prefix.shape[1], clip.transformer.resblocks, group is None or len(prefix) == 1
+    K, (G, P, d), blocks = len(suffix), prefix.shape, clip.transformer.resblocks
     S = int(eot.max()) + 1 - P
-    place = torch.arange(P + S, device=suffix.device)
-    last = (torch.arange(len(suffix), device=suffix.device)[:, None], (eot - P)[:, None])
+    place = torch.arange(P + S, device=eot.device)
+    keep = (place[P:] <= eot[:, None]).nonzero(as_tuple=True)  # the n suffix tokens up to their EOT
+    last = (eot + 1 - P).cumsum(0) - 1  # the EOTs among them
+    causal = place <= place[:, None]  # True = may attend
+
+    def attend(q, kv, heads, past, mask):  # padded for this alone
+        kv = kv.new_zeros(K, S, 2 * d).index_put(keep, kv)
+        if len(q) == K:
+            return attention(q[:, None], torch.cat([past, kv], 1), heads, mask)[:, 0]
+        q = q.new_zeros(K, S, d).index_put(keep, q)
+        return attention(q, torch.cat([past, kv], 1), heads, mask)[keep]
+
     with autocast(clip):
         x = prefix + clip.positional_embedding[:P]
-        y = suffix[:, :S] + clip.positional_embedding[P : P + S]
+        y = (suffix[:, :S] + clip.positional_embedding[P : P + S])[keep]  # (n, d)
         for block in blocks:
-            x, past = _block(block, x, mask=place[:P] <= place[:P, None])
-            past = past[:1].expand(len(y), -1, -1) if one else past[group]
-            if block is not blocks[-1]:
-                y, _ = _block(block, y, past, mask=place <= place[P:, None])
-        y, _ = _block(block, y, past, last, place <= eot[:, None, None, None])  # the EOT's row only
-        return (clip.ln_final(y[:, 0]) @ clip.text_projection).float()
+            x, past = _block(block, x, functools.partial(attention, mask=causal[:P, :P]))
+            past = past[:1].expand(K, -1, -1) if G == 1 or group is None else past[group]
+            end = block is blocks[-1]  # there only the EOTs are needed
+            mask, rows = (causal[eot][:, None, None], last) if end else (causal[P:], None)
+            y, _ = _block(block, y, functools.partial(attend, past=past, mask=mask), rows)
+        return (clip.ln_final(y) @ clip.text_projection).float()
 
 
 def encode_image(clip, images, prompts=None, patches=False):
@@ -278,8 +291,8 @@ def encode_image(clip, images, prompts=None, patches=False):
 
         x, blocks = visual.ln_pre(ask(-1, x)), visual.transformer.resblocks
         for i, block in enumerate(blocks):
-            end = i + 1 == len(blocks) and not patches  # there only the class token is needed
-            x, _ = _block(block, ask(i, x), rows=(slice(None), slice(0, 1)) if end else None)
+            rows = None if patches or block is not blocks[-1] else CLASS_TOKEN  # all that is needed
+            x, _ = _block(block, ask(i, x), attention, rows)
         x = (visual.ln_post(x[:, :count]) @ visual.proj).float()
     return (x[:, 0], x[:, 1:]) if patches else x[:, 0]
 
@@ -328,10 +341,10 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
     return encode_text(clip, prefix, suffix, names.eot, group)
 
 
-def load_dataset(name, root="data"):
+def load_dataset(name, root="data", fetch=False):
     """Dataset(name, train, val, test, classnames, template); items are (path, label, classname).
     name: one of TABLE, of the shapes world, or a folder of class folders. Only lists are read: a
-    missing image is named when it is opened. Raises Error."""
+    missing image is named when it is opened. fetch: download what is not there. Raises Error."""
     task = shapes.TASKS.get(name) if shapes else None
     if task or name not in TABLE:
         folder = shapes.write(Path(root), name) if task else Path(name)
@@ -345,13 +358,17 @@ def load_dataset(name, root="data"):
     folder, template = Path(root, folder), TEMPLATES.get(name, PHOTO)
     split, images = folder / f"split_zhou_{reader}.json", folder / images
     source = split if blob else folder
+    if fetch:
+        from tests.download import download
+
+        download(name, root)
     if not (images / ("cars_train" if name == "stanford_cars" else "")).is_dir():
         fix = "image-net.org has it" if name == "imagenet" else "--download fetches it"
         raise Error(f"{name}: no folder {images}; {fix}; --data names the folder above")
     if blob and not split.exists():
-        from tests import download
+        from tests.download import fetch_split
 
-        download.fetch_split(split, *blob)
+        fetch_split(split, *blob)
     try:
         if blob:
             parts = json.loads(split.read_text("utf-8"))
@@ -435,10 +452,8 @@ def sample_few_shot(dataset, shots, seed):
         groups = defaultdict(list)
         for item in items:
             groups[item[1]].append(item)
-        return [x for g in groups.values() for x in (rng.sample(g, k) if len(g) >= k else g)]
+        return [x for g in groups.values() for x in (rng.sample(g, k) if 0 < k <= len(g) else g)]
 
-    if not shots:
-        return dataset
     return dataset._replace(train=few(dataset.train, shots), val=few(dataset.val, min(shots, 4)))
 
 
@@ -496,6 +511,8 @@ def loader(cfg, clip, data, frozen=False, repeat=0):
     Views and order depend on (seed, epoch) alone. As Dassl's: no image twice in an epoch, a last
     short batch dropped unless it is the only one; RandomResizedCrop (area .08 to 1) and flip."""
     pool, n, encoded = ThreadPoolExecutor(cfg.workers), len(data.train), {}
+    if not n and not cfg.load:
+        raise Error(f"{data.name} has no training images; evaluate on it with --transfer")
     pictures = [item[0] for item in data.train]
     labels = torch.tensor([item[1] for item in data.train], device=clip.logit_scale.device)
     room = cfg.cache_gb * 1e9 or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
@@ -735,16 +752,12 @@ def _run_one(cfg, train, images, tasks, per_class):
 
         return ask.ask(cfg, known, images, *learn(known))
     transfer = [name for name in cfg.transfer.split(",") if name]
-    if cfg.download:
-        from tests import download
-
-        for name in [*cfg.dataset.split(","), *transfer]:
-            download.download(name, cfg.data)
-    sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data)]
+    sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data, cfg.download)]
     sets = [sample_few_shot(d, cfg.shots, cfg.seed) for d in sets]
     halves = ["base", "new"] if cfg.classes == "base" else ["all"]
     parts = {(d.name, h): subset_classes(d, h) if h != "all" else d for d in sets for h in halves}
-    todo = parts | {(name, "all"): load_dataset(name, cfg.data) for name in transfer}
+    other = [load_dataset(name, cfg.data, cfg.download) for name in transfer]
+    todo = parts | {(d.name, "all"): d for d in other}
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
@@ -780,9 +793,9 @@ def _run_one(cfg, train, images, tasks, per_class):
             fcntl.flock(lock, fcntl.LOCK_EX)
             lines = [json.dumps(rows[key]) + "\n" for key in new]
             write(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
-    for name in transfer:
-        row = rows[name, "all"]
-        print(f"  on {name}: {row['accuracy']:.2f} (zero-shot {row['zero_shot']:.2f})")
+    for row in (rows[d.name, "all"] for d in other):
+        scores = row["evaluated_on"], row["accuracy"], row["zero_shot"]
+        print("  on {}: {:.2f} (zero-shot {:.2f})".format(*scores))
     lines = []
     for keys in ("accuracy", "mean_class_accuracy"), ("zero_shot", "zero_shot_mean_class"):
         a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]

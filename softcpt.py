@@ -55,6 +55,7 @@ PLANT6 = {  # folder below --data: what a photo is a type of
 }
 FASHION = ["pants"] * 3 + ["tops"] * 4 + ["shoes"] * 7 + ["hat"] + ["socks"] * 2
 FASHION += ["skirt", "tops", "underwear"]  # by task index (official fashion20 templates)
+VARIANTS = Literal["NATA", "NATS", "CATA", "CSTA", "CATS", "CSTS", "MT", "CA"]
 PER_CLASS = ["caltech101", "fgvc_aircraft", "oxford_flowers", "oxford_pets"]  # and Fashion-20
 
 
@@ -64,14 +65,13 @@ class Config(common.Config):
     tasks: str = ""  # comma list of task names in the same order, or a file with one per line
     model: str = "RN50"  # the paper's backbone; shapes has its own
     epochs: int = 50  # for every number of shots
-    variant: Literal["NATA", "NATS", "CATA", "CSTA", "CATS", "CSTS", "MT", "CA"] = (
-        "NATA"  # see Meta
-    )
+    variant: VARIANTS = "NATA"  # class part, then task part; or a baseline: see SoftContext
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context of the task's name
     class_n_ctx: int = 4  # n, learned context of the class name (variants C*)
     class_rate: float = 1.0  # rho, share of negatives encoded per step (C*; General-10: 0.1)
     official: bool = False  # the release's repeated steps
+    views: int = 0  # epochs of augmented views to encode and reuse; 0 = new views every epoch
     task: str = ""  # with --predict: the data set whose classes to choose from
 
 
@@ -150,7 +150,7 @@ def train(cfg, clip, data):
     prompt = SoftContext(cfg, d_t, D, len(data), len(column_task)).to(device)
     optimizer, scheduler = common.sgd_cosine(prompt.parameters(), cfg.lr, cfg.epochs)
     times = 3 + prompt.per_class if cfg.official and not prompt.baseline else 1
-    batches = common.loader(cfg, clip, data[0]._replace(train=union), frozen=True)
+    batches = common.loader(cfg, clip, data[0]._replace(train=union), True, cfg.views)
 
     def embed(classnames):
         return [common.embed_names(clip, classnames, n) for n in (cfg.class_n_ctx, cfg.n_ctx)]
@@ -223,12 +223,7 @@ def load_tasks(cfg):
         pairs = zip(sets, titles, strict=False)
         return [d._replace(name=f"fashion20 {d.name}", template=t) for d, t in pairs]
     names = GENERAL10 if cfg.dataset == "general10" else cfg.dataset.split(",")
-    if cfg.download:
-        from tests import download
-
-        for name in names:
-            download.download(name, root)
-    sets = [common.load_dataset(name, root) for name in names]
+    sets = [common.load_dataset(name, root, cfg.download) for name in names]
     for d in sets:
         if sum(d.name == other.name for other in sets) > 1:
             raise common.Error(f"two tasks are named {d.name!r}; rename one folder")
