@@ -184,10 +184,13 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     try:
         torch.empty(0, device=device)
         with warnings.catch_warnings(action="ignore"):
-            clip = open_clip.create_model(model, named and pretrained or None, **gelu)
+            tag = {"pretrained": named and pretrained or None, "require_pretrained": not named}
+            clip = open_clip.create_model(model, **tag, **gelu)
         clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
     except Exception as problem:  # open_clip raises many kinds
-        raise Error(f"--model {model} ({pretrained}) on {device}: {problem}") from problem
+        raise Error(
+            f"--model {model} on {device}: {problem}; try another, or --device cpu"
+        ) from None
     clip.requires_grad_(False).eval()
     try:  # the towers below must give the model's own features
         ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
@@ -277,7 +280,7 @@ def encode_image(clip, images, prompts=None, patches=False):
     with autocast(clip):
         if not hasattr(visual, "transformer"):
             if prompts or patches:
-                raise Error("a ResNet image tower takes no visual prompts; try --model ViT-B-16")
+                raise Error("this image tower takes no visual prompts; try --model ViT-B-16")
             return visual(images).float()
         x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
@@ -761,8 +764,12 @@ def _run_one(cfg, train, images, tasks, per_class):
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
+
+    def same(row):
+        return row["run"] == str(folder) and row["model"] == model
+
     rows = [json.loads(line) for line in path.open()] if path.exists() and not cfg.force else []
-    rows = {(r["evaluated_on"], r["classes"]): r for r in rows if r["run"] == str(folder)}
+    rows = {(r["evaluated_on"], r["classes"]): r for r in rows if same(r)}
     new = {key: d for key, d in todo.items() if key not in rows}
     if new:
         clip, prompt, predictor = learn(known or [parts[d.name, halves[0]] for d in sets])
@@ -796,15 +803,16 @@ def _run_one(cfg, train, images, tasks, per_class):
     for row in (rows[d.name, "all"] for d in other):
         scores = row["evaluated_on"], row["accuracy"], row["zero_shot"]
         print("  on {}: {:.2f} (zero-shot {:.2f})".format(*scores))
-    lines = []
+    means, lines = [], []
     for keys in ("accuracy", "mean_class_accuracy"), ("zero_shot", "zero_shot_mean_class"):
         a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
         b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
         lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
+        means.append(float(a[0]))
     seconds = rows[sets[0].name, halves[0]]["train_seconds"]
     title = f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
     print(f"{title}: {lines[0]} (zero-shot {lines[1]}), {seconds:.0f} s", flush=True)
-    return np.mean([rows[d.name, halves[0]]["accuracy"] for d in sets])
+    return means[0]
 
 
 if __name__ == "__main__":

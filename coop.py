@@ -63,6 +63,10 @@ def initial_context(cfg, clip, K):
 
 def train(cfg, clip, data):
     torch.manual_seed(cfg.seed)
+    if cfg.csc and (cfg.transfer or cfg.classes == "base"):
+        raise common.Error(
+            "--csc contexts belong to their classes: no --transfer, no --classes base"
+        )
     prompt = PromptLearner(initial_context(cfg, clip, len(data.classnames)))
     M = prompt.ctx.shape[1]
     epochs = cfg.epochs or (50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200))

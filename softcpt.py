@@ -55,6 +55,7 @@ PLANT6 = {  # folder below --data: what a photo is a type of
 }
 FASHION = ["pants"] * 3 + ["tops"] * 4 + ["shoes"] * 7 + ["hat"] + ["socks"] * 2
 FASHION += ["skirt", "tops", "underwear"]  # by task index (official fashion20 templates)
+EPOCHS = 50  # for every number of shots
 VARIANTS = Literal["NATA", "NATS", "CATA", "CSTA", "CATS", "CSTS", "MT", "CA"]
 PER_CLASS = ["caltech101", "fgvc_aircraft", "oxford_flowers", "oxford_pets"]  # and Fashion-20
 
@@ -64,7 +65,6 @@ class Config(common.Config):
     dataset: str = "shapes,textures,colours"  # tasks: general10, plant6, fashion20 or a comma list
     tasks: str = ""  # comma list of task names in the same order, or a file with one per line
     model: str = "RN50"  # the paper's backbone; shapes has its own
-    epochs: int = 50  # for every number of shots
     variant: VARIANTS = "NATA"  # class part, then task part; or a baseline: see SoftContext
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context of the task's name
@@ -148,7 +148,8 @@ def train(cfg, clip, data):
     pairs = zip(data, offsets.tolist(), strict=True)
     union = [(path, label + start, c) for d, start in pairs for path, label, c in d.train]
     prompt = SoftContext(cfg, d_t, D, len(data), len(column_task)).to(device)
-    optimizer, scheduler = common.sgd_cosine(prompt.parameters(), cfg.lr, cfg.epochs)
+    epochs = cfg.epochs or EPOCHS
+    optimizer, scheduler = common.sgd_cosine(prompt.parameters(), cfg.lr, epochs)
     times = 3 + prompt.per_class if cfg.official and not prompt.baseline else 1
     batches = common.loader(cfg, clip, data[0]._replace(train=union), True, cfg.views)
 
@@ -159,7 +160,7 @@ def train(cfg, clip, data):
     titles = common.embed_names(clip, known, cfg.task_n_ctx)
     names = embed([c for d in data for c in d.classnames])
     task_rows, every = (torch.arange(len(x), device=device) for x in (data, column_task))
-    for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, cfg.epochs):
+    for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         for f, labels in batches(epoch):
             columns, chosen = every, names
             if prompt.per_class and cfg.class_rate < 1:
