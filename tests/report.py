@@ -1,7 +1,7 @@
 """The tables and the figure of all recorded runs: python common.py report [--plot accuracy.png].
 
-Reads results.jsonl; a repeated run replaces its earlier line. Cells are mean ± std (ddof 0) over the
-seeds, from full precision; H of an average is that of the averaged base and new accuracies.
+Reads results.jsonl; a repeated run replaces its earlier line. Cells are mean ± std (ddof 0) over
+the seeds, from full precision; H of an average is that of the averaged base and new accuracies.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ORDER = ["coop", "dpt", "upt", "enprompt", "softcpt"]
 
 
 def read(out):
-    """Rows of out/results.jsonl, the last of each run and evaluation, with label and value added."""
+    """Rows of out/results.jsonl, the last of each run and evaluation, with label and value."""
     path = Path(out, "results.jsonl")
     if not path.exists():
         raise common.Error(f"{path}: nothing is recorded there yet; --out names another folder")
@@ -65,7 +65,7 @@ def markdown(head, rows):
 
 
 def accuracy_table(rows):
-    """One row per method, one column per data set and their average (where a method has them all)."""
+    """One row per method, one column per data set and, where a method has all, their average."""
     names = sorted({row["evaluated_on"] for row in rows})
     body = []
     for label, sets in grouped(rows).items():
@@ -92,9 +92,8 @@ def base_new_table(rows):
 
 
 def tables(rows):
-    """All tables as Markdown: by model and shots; few-shot, base-to-new, then transfer by source."""
-    text = []
-    # zero-shot runs have no shots; they join every table of their model through row 0
+    """All tables as Markdown, by model and shots: few-shot, base-to-new, transfer by source."""
+    text = []  # zero-shot runs have no shots; row 0 of each table stands for them
     kinds = sorted({(r["model"], r["shots"]) for r in rows if r["method"] != "zero_shot"})
     kinds = kinds or sorted({(r["model"], r["shots"]) for r in rows})
     for model, shots in kinds:
