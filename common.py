@@ -6,7 +6,6 @@
 Letters: B batch, K classes, M context vectors, G contexts, P rows of a prefix or prompt, S rows
 of a suffix, N patches, d width of a tower, D joint width; f image features, w text features.
 Official files are those of KaiyangZhou/CoOp ff61507 and KaiyangZhou/Dassl.pytorch c61a1b5.
-Tools that no number depends on lie in tests/: a method's file and this one run without them.
 """
 
 import argparse
@@ -82,7 +81,6 @@ SEVEN = [t("{}") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # CoOp's ensembl
 IMAGE_TYPES = set(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as Dassl
-CLASS_TOKEN = slice(None), slice(0, 1)  # in tokens (B, 1 + N, d)
 PARTS = "train", "val", "test"
 Dataset = namedtuple("Dataset", "name train val test classnames template")
 Names = namedtuple("Names", "sos tail eot length")
@@ -170,22 +168,21 @@ def method(cfg):
 
 @functools.lru_cache(1)
 def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
-    """Loads an open_clip model of class CLIP, frozen and in eval mode.
+    """Loads an open_clip model of class CLIP, frozen, in eval mode, QuickGELU as its tag says.
     model: open_clip name, "local-dir:DIR" or "hf-hub:NAME"; pretrained: tag, file, "" for random
-    weights. QuickGELU follows the tag (open_clip only warns). precision "amp" (fp16) or "bf16" hold
-    the matrices of both towers in half, all else in fp32. Adds .tokenize, .half_dtype (None in
-    fp32) and .fingerprint (of the fp32 weights). Raises Error for an unknown or unsupported one."""
+    weights. precision "amp" (fp16) or "bf16" hold the towers' matrices in half, all else in fp32.
+    Adds .tokenize, .half_dtype (None in fp32), .fingerprint (of fp32 weights). Raises Error."""
     named, known = ":" not in model, open_clip.list_models()
     if named and model not in known:
         near = ", ".join(difflib.get_close_matches(model, known, 3, 0.3))
         raise Error(f"--model {model}: open_clip has no such model; near it: {near}")
-    tag = open_clip.get_pretrained_cfg(model, pretrained) if named else {}
-    gelu = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
+    options = {"pretrained": named and pretrained or None, "require_pretrained": not named}
+    if named and (tag := open_clip.get_pretrained_cfg(model, pretrained)):
+        options["quick_gelu"] = tag.get("quick_gelu", False)
     try:
         torch.empty(0, device=device)
         with warnings.catch_warnings(action="ignore"):
-            tag = {"pretrained": named and pretrained or None, "require_pretrained": not named}
-            clip = open_clip.create_model(model, **tag, **gelu)
+            clip = open_clip.create_model(model, **options)
         clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
     except Exception as problem:  # open_clip raises many kinds
         raise Error(
@@ -211,12 +208,6 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     return clip.to(device)
 
 
-def autocast(clip):
-    """The precision that clip was loaded in, for everything computed inside."""
-    device = clip.logit_scale.device.type
-    return torch.autocast(device, clip.half_dtype, enabled=clip.half_dtype is not None)
-
-
 def _block(block, x, attend, rows=None):
     """One frozen pre-LN block on x (..., d); attend(q, kv): the attention of q to kv (..., 2d).
     rows: index of those wanted (None: all). Returns their output and the keys and values of x."""
@@ -237,12 +228,11 @@ def attention(q, kv, heads, mask=None):
 
 
 def encode_text(clip, prefix, suffix, eot, group=None):
-    """Text features of prefix + suffix: the causal mask makes what precedes the class name the same
-    for all classes of a context, and lets nothing after the EOT reach it. So each prefix runs
-    through the tower once, and the suffixes, cut at their EOT, attend to its keys and values.
-    prefix (G, P, d), suffix (K, S, d): token embeddings without positions. eot (K,): the EOT's
-    position in the whole sequence. group (K,): the prefix of each class (None: row 0).
-    Returns (K, D) fp32 features before normalisation: clip.encode_text of the same sequences."""
+    """Text features of prefix + suffix, in a causal tower: what precedes the class name is the same
+    for all classes of a context, and nothing after the EOT reaches it. So each prefix runs once,
+    and the suffixes, cut at their EOT, attend to its keys and values. prefix (G, P, d), suffix
+    (K, S, d): token embeddings without positions. eot (K,): the EOT's place in the whole. group
+    (K,): each class's prefix (None: row 0). Returns (K, D) fp32 features, as clip.encode_text."""
     K, (G, P, d), blocks = len(suffix), prefix.shape, clip.transformer.resblocks
     S = int(eot.max()) + 1 - P
     place = torch.arange(P + S, device=eot.device)
@@ -257,7 +247,7 @@ def encode_text(clip, prefix, suffix, eot, group=None):
         q = q.new_zeros(K, S, d).index_put(keep, q)
         return attention(q, torch.cat([past, kv], 1), heads, mask)[keep]
 
-    with autocast(clip):
+    with torch.autocast(suffix.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         x = prefix + clip.positional_embedding[:P]
         y = (suffix[:, :S] + clip.positional_embedding[P : P + S])[keep]  # (n, d)
         for block in blocks:
@@ -270,14 +260,13 @@ def encode_text(clip, prefix, suffix, eot, group=None):
 
 
 def encode_image(clip, images, prompts=None, patches=False):
-    """Image features, with prompt rows from one hook.
-    prompts(i, tokens) is asked before block i, and at i = -1 before ln_pre, with the (B, 1 + N, d)
-    tokens that are not prompts. The (P, d) or (B, P, d) rows it returns replace the prompt rows,
-    None keeps them; they stand at the end, as attention is blind to order. images (B, 3, H, W),
-    normalised. Returns (B, D) fp32 features before normalisation, without prompts those of
-    clip.encode_image; with patches=True also the patches' (B, N, D). A ResNet raises Error."""
+    """Image features, with prompt rows from one hook: prompts(i, tokens) is asked before block i,
+    and at i = -1 before ln_pre, with the (B, 1 + N, d) tokens that are not prompts. The (P, d) or
+    (B, P, d) rows it returns replace the prompt rows, None keeps them; they stand at the end, as
+    attention is blind to order. images (B, 3, H, W), normalised. Returns (B, D) fp32 features,
+    without prompts those of clip.encode_image; with patches=True also (B, N, D). ResNet: Error."""
     visual = clip.visual
-    with autocast(clip):
+    with torch.autocast(images.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         if not hasattr(visual, "transformer"):
             if prompts or patches:
                 raise Error("this image tower takes no visual prompts; try --model ViT-B-16")
@@ -294,7 +283,7 @@ def encode_image(clip, images, prompts=None, patches=False):
 
         x, blocks = visual.ln_pre(ask(-1, x)), visual.transformer.resblocks
         for i, block in enumerate(blocks):
-            rows = None if patches or block is not blocks[-1] else CLASS_TOKEN  # all that is needed
+            rows = None if patches or block is not blocks[-1] else (slice(None), [0])  # class token
             x, _ = _block(block, ask(i, x), attention, rows)
         x = (visual.ln_post(x[:, :count]) @ visual.proj).float()
     return (x[:, 0], x[:, 1:]) if patches else x[:, 0]
@@ -366,8 +355,7 @@ def load_dataset(name, root="data", fetch=False):
 
         download(name, root)
     if not (images / ("cars_train" if name == "stanford_cars" else "")).is_dir():
-        fix = "image-net.org has it" if name == "imagenet" else "--download fetches it"
-        raise Error(f"{name}: no folder {images}; {fix}; --data names the folder above")
+        raise Error(f"{name}: no folder {images}; --download fetches it (ImageNet: image-net.org)")
     if blob and not split.exists():
         from tests.download import fetch_split
 
@@ -447,8 +435,7 @@ def _from_folders(folder):
 
 def sample_few_shot(dataset, shots, seed):
     """CoOp's few-shot picks (Dassl data/datasets/base_dataset.py): classes by first appearance,
-    train and then val (at most 4) from one random stream; a class with too few keeps all, as does
-    every class where shots is 0. test is never sampled."""
+    train then val (at most 4) from one stream; too few, or 0 shots: all. test is never sampled."""
     rng = random.Random(seed)
 
     def few(items, k):
@@ -461,8 +448,7 @@ def sample_few_shot(dataset, shots, seed):
 
 
 def subset_classes(dataset, half):
-    """The "base" (first and larger) or "new" half of the classes by label, relabelled from 0.
-    Source: CoOp datasets/oxford_pets.py, subsample_classes. Use it after sample_few_shot."""
+    """The "base" (first, larger) or "new" half of the classes, relabelled (CoOp oxford_pets.py)."""
     labels = sorted({label for _, label, _ in dataset.train or dataset.test})
     m = math.ceil(len(labels) / 2)
     new = {label: i for i, label in enumerate(labels[:m] if half == "base" else labels[m:])}
@@ -494,9 +480,8 @@ def decoded(pool, groups):
 
 
 def views(clip, pictures, boxes=None, mirror=None):
-    """(B, 3, side, side) normalised views of uint8 pictures, antialiased bicubic as PIL's.
-    boxes: (top, left, height, width) each, resized to the square, then mirrored where mirror says;
-    None: the test view, shorter edge resized and centre cropped."""
+    """(B, 3, side, side) normalised views of uint8 pictures: boxes (top, left, height, width) made
+    square, and mirrored where mirror says; None: the test view, shorter edge and centre crop."""
     size, x = int(np.max(clip.visual.image_size)), [p.to(clip.logit_scale.device) for p in pictures]
     if boxes is None:
         x = [vision.center_crop(vision.resize(p, size, BICUBIC), size) for p in x]
@@ -556,10 +541,9 @@ def loader(cfg, clip, data, frozen=False, repeat=0):
 
 
 def sgd_cosine(groups, lr, epochs, warmup=1):
-    """(optimizer, scheduler): SGD (momentum .9, weight decay 5e-4) and Dassl's cosine schedule.
-    groups: parameters, or dicts {"params", "lr", "warmup"} with their own lr and warm-up. After k
-    scheduler.step() calls the rate is 1e-5 for k < warmup, then lr/2 (1 + cos(pi (k - warmup) /
-    epochs)): never 0, as the warm-up does not shorten the period (Dassl optim/lr_scheduler.py)."""
+    """(optimizer, scheduler): SGD with momentum .9, weight decay 5e-4; groups: parameters, or dicts
+    {"params", "lr", "warmup"}. After k scheduler.step() calls the rate is 1e-5 for k < warmup, then
+    lr/2 (1 + cos(pi (k - warmup) / epochs)), so never 0 (Dassl optim/lr_scheduler.py)."""
     groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
     groups = [{"lr": lr, "warmup": warmup, **g} for g in groups]
 
@@ -592,9 +576,8 @@ def step(loss, optimizer, times=1):
 
 
 def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
-    """Yields the epochs still to be trained, with a progress bar.
-    Writes a checkpoint after each and goes on from it; after the last, prompt.safetensors: the
-    learnables and what they belong to. Where that exists it is loaded and nothing is yielded."""
+    """Yields the epochs still to be trained; keeps a checkpoint after each and goes on from it;
+    last, prompt.safetensors: the learnables and what they belong to, loaded where it exists."""
     folder, first, seconds = run_folder(cfg), 0, 0.0
     part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
     if cfg.load or final.exists():
@@ -622,10 +605,13 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
         for i, buffers in state["state"].items() if not last else ():
             tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
-        meta = {"method": method(cfg), "model": cfg.model, "fingerprint": clip.fingerprint}
+        meta = {
+            "method": method(cfg),
+            "fingerprint": clip.fingerprint,
+            "groups": state["param_groups"],
+        }
         meta |= {"data": sets, "config": vars(cfg), "scaler": optimizer.scaler.state_dict()}
-        progress = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
-        meta |= {"progress": progress, "groups": state["param_groups"]}
+        meta["progress"] = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
         write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
     part.unlink(missing_ok=True)
     if optimizer.skipped:
@@ -644,7 +630,7 @@ def restore(cfg, clip=None, prompt=None, path=None):
     if owner != method(cfg):
         raise Error(f"{path} belongs to {owner}.py, not to {method(cfg)}.py")
     if clip and weights != clip.fingerprint:
-        raise Error(f"{path} was trained with other CLIP weights, of {meta['model']}")
+        raise Error(f"{path} was trained with other CLIP weights, of {meta['config']['model']}")
     try:
         if prompt:
             prompt.load_state_dict({n: t for n, t in tensors.items() if "momentum." not in n})
@@ -708,14 +694,13 @@ def evaluate(logits, labels):
 def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
     """Carries out the grid of cfg: train, evaluate, record; returns the last run's accuracy (%).
     train(cfg, clip, data) returns the learned module and predictor(dataset), which returns
-    logits(f, x) of unit image features f (B, D) and, where images is set, pictures x. tasks(cfg)
-    lists data sets to learn jointly; those for which per_class(name) holds are scored by their mean
-    per class. Bad input ends in one line and exit code 2."""
+    logits(f, x) of unit features f (B, D) and, where images is set, pictures x. tasks(cfg) lists
+    data sets to learn jointly; those of which per_class(name) holds count by mean per class."""
     try:
         if cfg.load:  # the options it was trained with, where the command line names no other
-            saved, own = restore(cfg)[1]["config"], UPKEEP
+            saved = restore(cfg)[1]["config"]
             for f in dataclasses.fields(cfg):
-                if f.name not in own and getattr(cfg, f.name) == f.default:
+                if f.name not in UPKEEP and getattr(cfg, f.name) == f.default:
                     cfg = dataclasses.replace(cfg, **{f.name: saved[f.name]})
         names = [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")
         lists = ([v] if type(v) is int else v for v in (cfg.shots, cfg.seed))
@@ -742,40 +727,34 @@ def _run_one(cfg, train, images, tasks, per_class):
             raise Error(f"--{name} {value} is out of range")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
-    own = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
-    model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if own else cfg.model
-
-    def learn(sets):
-        clip = load_clip(model, cfg.pretrained, device, precision)
-        return clip, *train(cfg, clip, sets if tasks else sets[0])
+    tiny = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
+    model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
 
     known = [Dataset(*d) for d in restore(cfg)[1]["data"]] if cfg.load else []
     if cfg.predict or cfg.interpret:
         from tests import ask
 
-        return ask.ask(cfg, known, images, *learn(known))
-    transfer = [name for name in cfg.transfer.split(",") if name]
+        clip = load_clip(model, cfg.pretrained, device, precision)
+        return ask.ask(cfg, known, images, clip, *train(cfg, clip, known if tasks else known[0]))
     sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data, cfg.download)]
     sets = [sample_few_shot(d, cfg.shots, cfg.seed) for d in sets]
     halves = ["base", "new"] if cfg.classes == "base" else ["all"]
     parts = {(d.name, h): subset_classes(d, h) if h != "all" else d for d in sets for h in halves}
-    other = [load_dataset(name, cfg.data, cfg.download) for name in transfer]
+    other = [load_dataset(t, cfg.data, cfg.download) for t in cfg.transfer.split(",") if t]
     todo = parts | {(d.name, "all"): d for d in other}
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
-
-    def same(row):
-        return row["run"] == str(folder) and row["model"] == model
-
     rows = [json.loads(line) for line in path.open()] if path.exists() and not cfg.force else []
-    rows = {(r["evaluated_on"], r["classes"]): r for r in rows if same(r)}
+    own = str(folder), model
+    rows = {(r["evaluated_on"], r["classes"]): r for r in rows if (r["run"], r["model"]) == own}
     new = {key: d for key, d in todo.items() if key not in rows}
     if new:
-        clip, prompt, predictor = learn(known or [parts[d.name, halves[0]] for d in sets])
-        seconds = (
-            restore(cfg, path=folder / "prompt.safetensors")[1]["progress"][1] if prompt else 0
-        )
+        clip = load_clip(model, cfg.pretrained, device, precision)
+        known = known or [parts[d.name, halves[0]] for d in sets]
+        prompt, predictor = train(cfg, clip, known if tasks else known[0])
+        final = folder / "prompt.safetensors"
+        seconds = restore(cfg, path=final)[1]["progress"][1] if prompt else 0
         common = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
         common |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
         common |= {"official": getattr(cfg, "official", False), "train_seconds": seconds}
@@ -801,18 +780,18 @@ def _run_one(cfg, train, images, tasks, per_class):
             lines = [json.dumps(rows[key]) + "\n" for key in new]
             write(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
     for row in (rows[d.name, "all"] for d in other):
-        scores = row["evaluated_on"], row["accuracy"], row["zero_shot"]
-        print("  on {}: {:.2f} (zero-shot {:.2f})".format(*scores))
-    means, lines = [], []
-    for keys in ("accuracy", "mean_class_accuracy"), ("zero_shot", "zero_shot_mean_class"):
+        print(
+            f"  on {row['evaluated_on']}: {row['accuracy']:.2f} (zero-shot {row['zero_shot']:.2f})"
+        )
+    lines = []
+    for keys in ("zero_shot", "zero_shot_mean_class"), ("accuracy", "mean_class_accuracy"):
         a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
         b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
         lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
-        means.append(float(a[0]))
     seconds = rows[sets[0].name, halves[0]]["train_seconds"]
     title = f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
-    print(f"{title}: {lines[0]} (zero-shot {lines[1]}), {seconds:.0f} s", flush=True)
-    return means[0]
+    print(f"{title}: {lines[1]} (zero-shot {lines[0]}), {seconds:.0f} s", flush=True)
+    return float(a[0])
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def plain_encode_text(clip, prefix, suffix, eot, group=None):
     """The sequences padded to 77 tokens, all of them through the whole tower."""
 
     def encode(x, eot):
-        with common.autocast(clip):
+        with torch.autocast(x.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
             x = clip.transformer(x + clip.positional_embedding, attn_mask=clip.attn_mask)
             rows = clip.ln_final(x)[torch.arange(len(x), device=x.device), eot]
             return (rows @ clip.text_projection).float()
