@@ -93,7 +93,7 @@ class Error(ValueError):
 @dataclasses.dataclass
 class Config:
     dataset: str = "shapes"  # a data set's name or a folder of yours; a comma list makes a grid
-    shots: int = 16  # training images per class; a comma list makes a grid
+    shots: int = 16  # training images per class, 0 = all; a comma list makes a grid
     seed: int = 1  # of picks, initialisation and order; a comma list makes a grid
     classes: Literal["all", "base"] = "all"  # base: train on the first half; base, new and H
     transfer: str = ""  # comma list of further data sets to evaluate the trained prompt on
@@ -283,7 +283,7 @@ def encode_image(clip, images, prompts=None, patches=False):
 
         x, blocks = visual.ln_pre(ask(-1, x)), visual.transformer.resblocks
         for i, block in enumerate(blocks):
-            rows = None if patches or block is not blocks[-1] else (slice(None), [0])  # class token
+            rows = None if patches or block is not blocks[-1] else np.s_[:, :1]  # class token
             x, _ = _block(block, ask(i, x), attention, rows)
         x = (visual.ln_post(x[:, :count]) @ visual.proj).float()
     return (x[:, 0], x[:, 1:]) if patches else x[:, 0]
@@ -380,12 +380,16 @@ def load_dataset(name, root="data", fetch=False):
 
 def _checked(name, splits, template, source):
     """The Dataset of three item lists, its classes named by label. Raises Error naming source."""
+    if not splits[2]:
+        raise Error(f"{source}: no test image")
     names = {label: c for items in reversed(splits) for _, label, c in items}
     trained = {label for _, label, _ in splits[0] or splits[2]}
     if len(names) < 2:
         raise Error(f"{source}: fewer than two classes; nothing to tell apart")
     if missing := sorted(set(range(max(names) + 1)) - trained):
-        raise Error(f"{source}: class {names.get(*missing[:1] * 2)!r} has no image to train on")
+        raise Error(
+            f"{source}: class {names.get(missing[0], missing[0])!r} has no image to train on"
+        )
     first = (splits[0] or splits[2])[0][0]
     if not Path(first).is_file():
         raise Error(f"{source} names {first}, which is not there; is the download whole?")
@@ -480,8 +484,8 @@ def decoded(pool, groups):
 
 
 def views(clip, pictures, boxes=None, mirror=None):
-    """(B, 3, side, side) normalised views of uint8 pictures: boxes (top, left, height, width) made
-    square, and mirrored where mirror says; None: the test view, shorter edge and centre crop."""
+    """(B, 3, side, side) normalised views of uint8 pictures, antialiased bicubic as PIL's: boxes
+    (top, left, height, width), then mirrored where mirror says; None: the centred test view."""
     size, x = int(np.max(clip.visual.image_size)), [p.to(clip.logit_scale.device) for p in pictures]
     if boxes is None:
         x = [vision.center_crop(vision.resize(p, size, BICUBIC), size) for p in x]
@@ -548,7 +552,7 @@ def sgd_cosine(groups, lr, epochs, warmup=1):
     groups = [{"lr": lr, "warmup": warmup, **g} for g in groups]
 
     def rate(k, w, top):
-        return 1e-5 / top if k < w else (1 + math.cos(math.pi * (k - w) / epochs)) / 2
+        return 1e-5 / (top or 1) if k < w else (1 + math.cos(math.pi * (k - w) / epochs)) / 2
 
     factors = [functools.partial(rate, w=g["warmup"], top=g["lr"]) for g in groups]
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=5e-4)
@@ -562,7 +566,7 @@ def step(loss, optimizer, times=1):
     Raises Error for a loss that is not finite, unless the scaler may skip the step (and counts it).
     """
     scaler = optimizer.scaler
-    if not scaler.is_enabled() and not torch.isfinite(loss):
+    if scaler.get_scale() <= 1 and not torch.isfinite(loss):  # 1 where scaling is off
         raise Error(f"the loss is {loss.item()}: lower --lr, or try --precision fp32")
     optimizer.losses.append(loss.detach())
     optimizer.zero_grad()
@@ -581,7 +585,7 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     folder, first, seconds = run_folder(cfg), 0, 0.0
     part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
     if cfg.load or final.exists():
-        restore(cfg, clip, prompt, Path(cfg.load or folder) / final.name)
+        restore(cfg, clip, prompt)
         return
     fp16, device = clip.half_dtype is torch.float16, clip.logit_scale.device.type
     optimizer.scaler = torch.amp.GradScaler(device, enabled=fp16)
@@ -620,7 +624,7 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
 
 def restore(cfg, clip=None, prompt=None, path=None):
     """(tensors, metadata) of a prompt or checkpoint file, put into prompt. Raises Error."""
-    path = path or Path(cfg.load, "prompt.safetensors")
+    path = path or Path(cfg.load or run_folder(cfg), "prompt.safetensors")
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["json"])
@@ -660,20 +664,17 @@ def test_pictures(cfg, items):
 def frozen_features(cfg, clip, items):
     """(n, D) unit features of the items' test views, kept below --out for as long as weights,
     precision, preprocessing and every file (size, time) stay the same. Raises Error."""
-    path = None
-    if all(isinstance(item[0], str) for item in items):
-        try:
-            files = [(os.path.abspath(i[0]), *os.stat(i[0])[6:9:2]) for i in items]
-        except OSError as problem:
-            raise Error(f"missing image {problem.filename}; is the download whole?") from None
-        key = [clip.fingerprint, str(clip.half_dtype), str(clip.visual.preprocess_cfg), files]
-        path = Path(cfg.out, "features", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32])
-        with contextlib.suppress(Exception):  # absent, or broken by a full disk: computed anew
-            return load_file(path)["f"].to(clip.logit_scale.device)
+    try:
+        files = [(os.path.abspath(i[0]), *os.stat(i[0])[6:9:2]) for i in items]
+    except OSError as problem:
+        raise Error(f"missing image {problem.filename}; is the download whole?") from None
+    key = [clip.fingerprint, str(clip.half_dtype), str(clip.visual.preprocess_cfg), files]
+    path = Path(cfg.out, "features", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32])
+    with contextlib.suppress(Exception):  # absent, or broken by a full disk: computed anew
+        return load_file(path)["f"].to(clip.logit_scale.device)
     f = torch.cat([unit_features(clip, views(clip, p)) for p in test_pictures(cfg, items)])
-    if path:
-        with contextlib.suppress(OSError):  # a full disk only costs the time to compute it again
-            write(path, save({"f": f.cpu()}))
+    with contextlib.suppress(OSError):  # a full disk only costs the time to compute it again
+        write(path, save({"f": f.cpu()}))
     return f
 
 
@@ -697,11 +698,10 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
     logits(f, x) of unit features f (B, D) and, where images is set, pictures x. tasks(cfg) lists
     data sets to learn jointly; those of which per_class(name) holds count by mean per class."""
     try:
-        if cfg.load:  # the options it was trained with, where the command line names no other
+        if cfg.load:  # the options it was trained with, in place of those left at their defaults
             saved = restore(cfg)[1]["config"]
-            for f in dataclasses.fields(cfg):
-                if f.name not in UPKEEP and getattr(cfg, f.name) == f.default:
-                    cfg = dataclasses.replace(cfg, **{f.name: saved[f.name]})
+            unset = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) == f.default}
+            cfg = dataclasses.replace(cfg, **{name: saved[name] for name in unset - UPKEEP})
         names = [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")
         lists = ([v] if type(v) is int else v for v in (cfg.shots, cfg.seed))
         grid = list(itertools.product(names, *lists))
@@ -727,6 +727,8 @@ def _run_one(cfg, train, images, tasks, per_class):
             raise Error(f"--{name} {value} is out of range")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     tiny = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
     model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
 
@@ -753,16 +755,15 @@ def _run_one(cfg, train, images, tasks, per_class):
         clip = load_clip(model, cfg.pretrained, device, precision)
         known = known or [parts[d.name, halves[0]] for d in sets]
         prompt, predictor = train(cfg, clip, known if tasks else known[0])
-        final = folder / "prompt.safetensors"
-        seconds = restore(cfg, path=final)[1]["progress"][1] if prompt else 0
-        common = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
-        common |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
-        common |= {"official": getattr(cfg, "official", False), "train_seconds": seconds}
-        common |= {"torch": torch.__version__, "open_clip": open_clip.__version__}
-        common |= {"run": str(folder), "config": vars(cfg)}
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-        git = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        common |= {"commit": git, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        here = Path(__file__).parent  # the shell leaves commit empty where there is no git
+        git = {"shell": True, "cwd": here, "capture_output": True, "text": True}
+        commit = subprocess.run("git rev-parse --short HEAD", check=False, **git).stdout.strip()
+        record = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
+        record |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
+        record |= {"official": getattr(cfg, "official", False), "config": vars(cfg)}
+        seconds = restore(cfg)[1]["progress"][1] if prompt else 0
+        record |= {"torch": torch.__version__, "open_clip": open_clip.__version__, "commit": commit}
+        record |= {"run": str(folder), "train_seconds": seconds}
     for (name, half), d in new.items():
         start, labels = time.time(), torch.tensor([item[1] for item in d.test])
         overall, mean = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)
@@ -772,9 +773,8 @@ def _run_one(cfg, train, images, tasks, per_class):
         overall, mean = evaluate(zero.cpu(), labels)
         row |= {"zero_shot": overall, "zero_shot_mean_class": mean}
         row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20}
-        rows[name, half] = common | row
+        rows[name, half] = record | row | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     if new:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:  # two processes lose nothing
             fcntl.flock(lock, fcntl.LOCK_EX)
             lines = [json.dumps(rows[key]) + "\n" for key in new]

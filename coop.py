@@ -4,7 +4,7 @@ Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 2022
 https://arxiv.org/abs/2109.01134      official code: github.com/KaiyangZhou/CoOp, commit ff61507
 
     python coop.py --dataset caltech101 --shots 16
-    python coop.py --dataset caltech101 --csc --position middle --seed 1,2,3
+    python coop.py --model ViT-B-16 --init "a photo of a" --classes base --dataset caltech101
 
     f    unit image feature    (B, D)        V   context vectors   (1 or K, M, d)
     w_i  unit text feature     (K, D)        K   classes           M   n_ctx
@@ -13,8 +13,9 @@ Deviations from the official code:
  1. V is kept in fp32 and CLIP may run under autocast; the release updates V in fp16 without loss
     scaling, where steps below 8e-6 are lost.
  2. The views of an epoch are encoded before its steps (the frozen image branch does not depend on
-    V): the same numbers in another order. --views N > 0 is a shortcut that the paper has not.
- 3. --init with more or fewer tokens than words, and --init with --csc, are errors, not surprises.
+    V): the same numbers in another order. --views N > 0 reuses N epochs of views: not the paper's.
+ 3. --init with a word of several tokens, or with --csc, is refused; the release misplaces the words
+    of the one and ignores --csc in the other.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 import common
 
-EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}  # by shots (official COOP.md); ImageNet: 50
+EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}  # by shots, else 200 (COOP.md); ImageNet 50
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Config(common.Config):
 
 
 class PromptLearner(nn.Module):
-    """t_i = [V]_1 ... [V]_M [CLASS]_i with V shared or one per class (Eq. 2)."""
+    """t_i = [V]_1 ... [V]_M [CLASS]_i with V shared or one per class."""
 
     def __init__(self, ctx):
         super().__init__()
@@ -64,9 +65,7 @@ def initial_context(cfg, clip, K):
 def train(cfg, clip, data):
     torch.manual_seed(cfg.seed)
     if cfg.csc and (cfg.transfer or cfg.classes == "base"):
-        raise common.Error(
-            "--csc contexts belong to their classes: no --transfer, no --classes base"
-        )
+        raise common.Error("--csc serves its own classes: no --transfer, no --classes base")
     prompt = PromptLearner(initial_context(cfg, clip, len(data.classnames)))
     M = prompt.ctx.shape[1]
     epochs = cfg.epochs or (50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200))
@@ -75,14 +74,15 @@ def train(cfg, clip, data):
     scale = clip.logit_scale.exp()
 
     def weights(names):
-        group = torch.arange(len(names.tail), device=names.tail.device) if cfg.csc else None
+        rows = torch.arange(len(names.tail), device=names.tail.device)
+        group = rows if cfg.csc else None  # class i has context i
         w = common.encode_prompts(clip, names, prompt.ctx, group, cfg.position)
         return F.normalize(w, dim=-1)  # (K, D)
 
     names = common.embed_names(clip, data.classnames, M)
     for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         for f, labels in batches(epoch):
-            logits = scale * f @ weights(names).T  # (B, K), cos(f, w_i) / tau (Eq. 1)
+            logits = scale * f @ weights(names).T  # (B, K), cos(f, w_i) / tau
             common.step(F.cross_entropy(logits, labels), optimizer)
         scheduler.step()
 

@@ -48,7 +48,7 @@ class Config(common.Config):
     beta: float = 0.1  # weight of the joint loss during guidance
     visual_lr: float = 1e-2  # of visual prompts and CAVPT
     visual_warmup: int = 10  # epochs at 1e-5 for them (ImageNet: 1)
-    attention: str = ""  # with --predict: a PNG of CAVPT's attention over each image
+    attention: str = ""  # with --predict: a PNG of CAVPT's attention over up to 100 images
 
 
 class ClassAware(nn.Module):
@@ -70,13 +70,13 @@ class ClassAware(nn.Module):
         H = self.meta(G)
         S = torch.cat([X.detach(), self.ctx.expand(len(X), -1, -1)], 1)
         A = self.query(H) @ self.key(S).transpose(1, 2) / math.sqrt(self.key.out_features)
-        A = A.float().softmax(-1)
-        O = self.value(A @ S.float())  # noqa: E741
+        A = A.softmax(-1)
+        O = self.value(A @ S)
         return self.norm_b(O + H), self.classify(self.norm_a(O)), A
 
 
 class DualPrompt(nn.Module):
-    """The learnables: text context V, visual prompts P_0 ... P_J-1, one CAVPT per last layer."""
+    """The learnables: text context V, visual prompts P_i, and a CAVPT per last layer."""
 
     def __init__(self, cfg, clip, classes):
         super().__init__()
@@ -96,8 +96,8 @@ class DualPrompt(nn.Module):
 
 def encode(clip, prompt, images, T, top):
     """Unit image features (B, D), layer logits [(B, K, C)] and attention [(B, K, ...)] per CAVPT.
-    T (C, D): learned text features before normalisation; top (B, K): the classes asked for."""
-    J = len(clip.visual.transformer.resblocks) - len(prompt.cavpt)
+    T (C, D): learned text features, not normalised; top (B, K): the classes asked for."""
+    J = len(clip.visual.transformer.resblocks) - len(prompt.cavpt)  # blocks without CAVPT
     layer_logits, maps = [], []
 
     def prompts(i, X):
@@ -118,24 +118,19 @@ def cavpt_loss(layer_logits, top, labels):
     """Mean cross-entropy of the true class's own prompt over samples and layers; 0 if none has one.
     layer_logits: [(B, K, C)], top (B, K), labels (B,). L_ca of the release."""
     true = top == labels[:, None]  # (B, K), at most one per row
-    rows = (
-        torch.cat([logits[true] for logits in layer_logits]) if layer_logits else true[:0].float()
-    )
-    if not len(rows):
+    if not layer_logits or not true.any():
         return sum(0 * logits.sum() for logits in layer_logits)
-    target = labels[:, None].expand_as(true)[true].repeat(len(layer_logits))
-    return F.cross_entropy(rows.float(), target)
+    y = labels[true.any(1)]
+    return sum(F.cross_entropy(l[true].float(), y) for l in layer_logits) / len(layer_logits)
 
 
 def train(cfg, clip, data):
     torch.manual_seed(cfg.seed)
-    L = len(getattr(clip.visual, "transformer", clip.transformer).resblocks)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: DPT prompts a ViT; try ViT-B-32")
-    if cfg.cavpt_layers > L or cfg.cavpt_layers and not cfg.n_ctx * cfg.top_k:
-        raise common.Error(
-            f"--cavpt_layers {cfg.cavpt_layers}: at most {L}, with --n_ctx and --top_k"
-        )
+    L = len(clip.visual.transformer.resblocks)
+    if cfg.cavpt_layers > L or cfg.cavpt_layers and 0 in (cfg.n_ctx, cfg.top_k):
+        raise common.Error(f"--cavpt_layers {cfg.cavpt_layers}: at most {L}, with --n_ctx, --top_k")
     prompt = DualPrompt(cfg, clip, len(data.classnames)).to(clip.logit_scale.device)
     epochs = cfg.epochs or EPOCHS.get(data.name, EPOCHS.get(cfg.shots, 100))
     warmup = 1 if data.name == "imagenet" else cfg.visual_warmup
@@ -218,7 +213,7 @@ def draw_attention(cfg, clip, images, maps, top, logits, names, shown=3, pixels=
                 (corner[0], corner[1] + 16),
             )
             draw.text((corner[0] + 4, corner[1] + 2), names[classes[k]].replace("_", " "), "black")
-    sheet.save(cfg.attention)
+    sheet.save(cfg.attention, "PNG")
 
 
 def main(cfg):

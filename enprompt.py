@@ -16,7 +16,8 @@ and utilized for deep prompting of the visual encoder." All else is ours, and no
     new ones; residual and zero at first, so that training starts at zero-shot CLIP.
  3. Strengthening feature s = n(mean_k w_k) of the training classes, kept for other label sets,
     because the visual branch was trained with it (--strengthening target: each set's own).
- 4. P~_i = P_i + F_i s (M, d): a sum, the simplest fusion; rows before ln_pre, then before block i.
+ 4. P~_i = P_i + F_i s (M, d): a sum, the simplest fusion. P~_0 joins before ln_pre, P~_i replaces
+    it before block i, and after the last they stay.
  5. L = CE + lambda L_OT, transport between patches and the true class's templates with the plan
     detached (--ot all: cross-entropy over every class's transport distance instead).
  6. ImageNet, the source of transfer: 3 layers, 5 epochs. Base-to-new: 20 epochs. Else 9 and 50.
@@ -57,7 +58,7 @@ class ExternalLayer(nn.Module):
         nn.init.zeros_(self.enla.bias)
         self.visual = nn.Parameter(0.02 * torch.randn(depth, cfg.n_visual, d))
         fused = cfg.strengthening != "none"
-        self.fuse = nn.ModuleList(nn.Linear(D, d, bias=False) for _ in range(depth * fused))
+        self.fuse = nn.ModuleList(nn.Linear(D, d, bias=False) for _ in range(depth if fused else 0))
 
     def forward(self, e):
         """Frozen e (K, N, D) -> adapted w_kn (K, N, D) and classifier w_k (K, D), both unit."""
@@ -79,19 +80,19 @@ def sinkhorn(C, epsilon, iterations, tolerance=0.0):
     Cuturi 2019, Sec. 4.4). Stops early when the row sums are within tolerance of 1/m (summed)."""
     C = C.detach().float()
     m, n = C.shape[-2:]
-    M = -C / epsilon
+    A = -C / epsilon
     u, v = torch.zeros_like(C[..., :1]), torch.zeros_like(C[..., :1, :])
     for _ in range(iterations):
-        u = -torch.logsumexp(M + v, -1, keepdim=True) - torch.log(C.new_tensor(m))
-        v = -torch.logsumexp(M + u, -2, keepdim=True) - torch.log(C.new_tensor(n))
-        if tolerance and ((M + u + v).exp().sum(-1) - 1 / m).abs().sum(-1).max() < tolerance:
+        u = -torch.logsumexp(A + v, -1, keepdim=True) - torch.log(C.new_tensor(m))
+        v = -torch.logsumexp(A + u, -2, keepdim=True) - torch.log(C.new_tensor(n))
+        if tolerance and ((A + u + v).exp().sum(-1) - 1 / m).abs().sum(-1).max() < tolerance:
             break
-    return (M + u + v).exp()
+    return (A + u + v).exp()
 
 
 def transport(patches, w, cfg):
-    """Distance <T, C> (B, K) of patches (B, P, D) to templates w (B or 1, K, N, D); T is fixed."""
-    C = 1 - patches[:, None] @ w.transpose(-1, -2)  # (B, K, P, N)
+    """Distance <T, C> (B, K) of patches (B, L, D) to templates w (B or 1, K, N, D); T is fixed."""
+    C = 1 - patches[:, None] @ w.transpose(-1, -2)  # (B, K, L, N)
     T = sinkhorn(C, cfg.epsilon, cfg.iterations, cfg.tolerance)
     return (T * C).sum((-1, -2))
 
@@ -101,7 +102,11 @@ def train(cfg, clip, data):
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: EnPrompt prompts a ViT; try ViT-B-16")
     d, D = clip.visual.proj.shape
-    source = data.name == "imagenet"
+    if not cfg.depth or not cfg.epsilon:
+        raise common.Error(
+            "--depth and --epsilon must be above 0; --n_visual 0 removes the prompts"
+        )
+    source = data.name == "imagenet" and cfg.classes == "all"  # of transfer
     depth = min(3 if source else cfg.depth, len(clip.visual.transformer.resblocks))
     prompt = ExternalLayer(cfg, D, d, depth).to(clip.logit_scale.device)
     epochs = cfg.epochs or (5 if source else 20 if cfg.classes == "base" else 50)
@@ -115,25 +120,27 @@ def train(cfg, clip, data):
         return common.zero_shot_weights(clip, dataset, [dataset.template, *common.SEVEN])
 
     def features(images, w_k, patches=False):
-        """Unit features (B, D) and patches (B, P, D); s is the mean of the classifiers w_k."""
+        """Unit features (B, D) and patches (B, L, D); s is the mean of the classifiers w_k."""
         P = prompt.prompts(F.normalize(w_k.mean(0), dim=-1))  # (J, M, d)
 
         def rows(i, tokens):
-            return P[max(i, 0)] if i != 0 and i < depth else None
+            return P[max(i, 0)] if i != 0 and i < depth else None  # -1: P_0; 0: it stays; P_i
 
-        found = common.encode_image(clip, images, rows, patches)
-        return [F.normalize(x, dim=-1) for x in (found if patches else [found])]
+        if not patches:
+            return F.normalize(common.encode_image(clip, images, rows), dim=-1), None
+        g, l = common.encode_image(clip, images, rows, patches)
+        return F.normalize(g, dim=-1), F.normalize(l, dim=-1)
 
     e = templates(data)
     for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         for images, y in batches(epoch):
             w, w_k = prompt(e)  # (K, N, D), (K, D)
-            g, *l = features(images, w_k, cfg.ot != "none")  # noqa: E741
+            g, l = features(images, w_k, cfg.ot != "none")
             loss = F.cross_entropy(scale * g @ w_k.T, y)
             if cfg.ot == "true":
-                loss = loss + cfg.ot_weight * transport(l[0], w[y][:, None], cfg).mean()
+                loss = loss + cfg.ot_weight * transport(l, w[y][:, None], cfg).mean()
             elif cfg.ot == "all":
-                near = scale * (1 - transport(l[0], w[None], cfg))  # (B, K)
+                near = scale * (1 - transport(l, w[None], cfg))  # (B, K)
                 loss = loss + cfg.ot_weight * F.cross_entropy(near, y)
             common.step(loss, optimizer)
         scheduler.step()

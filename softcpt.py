@@ -17,7 +17,9 @@ Deviations from the official code, and its quirks that we keep:
  3. Few-shot picks are CoOp's for each task; the release's forked workers made them irreproducible.
  4. General-10 on CoOp's split files, because the release's are not public, with task names of ours:
     numbers compare only roughly. RS-8's members are not public; a comma list of folders serves it.
- 5. Kept: f_t and f_c are not normalised, W has no bias, tasks are not re-weighted.
+ 5. Kept: f_t and f_c are not normalised, W has no bias, tasks are not re-weighted; the score is the
+    mean over tasks, of which PER_CLASS and Fashion-20 count by mean per class.
+ 6. Learnables in fp32. Plant-6 keeps its train/ and test/, which the release mixes.
 """
 
 import math
@@ -51,7 +53,7 @@ PLANT6 = {  # folder below --data: what a photo is a type of
     "kaggle_mushroom/Mushrooms": "mushroom",
     "kaggle_vegetable/images": "vegetable",
     "PlantSeedlingV1/Nonsegmented": "seedling",
-    "PlantVillage/Plant_leave_diseases_dataset_without_augmentation": "plant leaf",
+    "PlantVillage/Plant_leave_diseases_dataset_without_augmentation": "",  # class names say it
 }
 FASHION = ["pants"] * 3 + ["tops"] * 4 + ["shoes"] * 7 + ["hat"] + ["socks"] * 2
 FASHION += ["skirt", "tops", "underwear"]  # by task index (official fashion20 templates)
@@ -69,7 +71,9 @@ class Config(common.Config):
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context of the task's name
     class_n_ctx: int = 4  # n, learned context of the class name (variants C*)
-    class_rate: float = 1.0  # rho, share of negatives encoded per step (C*; General-10: 0.1)
+    class_rate: float = (
+        1.0  # rho, share of negatives encoded per step (C*; release: 0.1 for General-10)
+    )
     official: bool = False  # the release's repeated steps
     views: int = 0  # epochs of augmented views to encode and reuse; 0 = new views every epoch
     task: str = ""  # with --predict: the data set whose classes to choose from
@@ -106,7 +110,7 @@ class SoftContext(nn.Module):
 def text_features(clip, prompt, titles, task_rows, names, name_rows, of):
     """(C, D) features, before normalisation, of classes in the contexts of their tasks.
     titles: embedded task names (T); task_rows (T,): their rows in task_ctx; names: the class names
-    embedded for class_ctx and for V; name_rows (C,): their rows in class_ctx; of (C,): their tasks.
+    embedded (for class_ctx, for V); name_rows (C,): their rows in class_ctx; of (C,): their tasks.
     A context table with one row serves all."""
     if prompt.baseline:
         return common.encode_prompts(clip, names[1], prompt.ctx, task_rows[of])
@@ -140,7 +144,10 @@ def sample_classes(labels, column_task, rate):
 
 def train(cfg, clip, data):
     torch.manual_seed(cfg.seed)
-    device, s = clip.logit_scale.device, clip.logit_scale.exp()
+    specific = cfg.variant.startswith("CS") or (cfg.transfer and cfg.variant[-2:] in ("TS", "CA"))
+    if specific and (cfg.transfer or cfg.classes == "base"):
+        raise common.Error(f"--variant {cfg.variant}: its contexts serve no other names or tasks")
+    s, device = clip.logit_scale.exp(), clip.logit_scale.device
     d_t, D = clip.text_projection.shape
     sizes = torch.tensor([len(d.classnames) for d in data], device=device)
     task_names, offsets = [d.name for d in data], sizes.cumsum(0) - sizes
@@ -150,8 +157,8 @@ def train(cfg, clip, data):
     prompt = SoftContext(cfg, d_t, D, len(data), len(column_task)).to(device)
     epochs = cfg.epochs or EPOCHS
     optimizer, scheduler = common.sgd_cosine(prompt.parameters(), cfg.lr, epochs)
-    times = 3 + prompt.per_class if cfg.official and not prompt.baseline else 1
-    batches = common.loader(cfg, clip, data[0]._replace(train=union), True, cfg.views)
+    times = 3 + prompt.per_class if cfg.official and not prompt.baseline else 1  # registrations
+    batches = common.loader(cfg, clip, data[0]._replace(train=union), frozen=True, repeat=cfg.views)
 
     def embed(classnames):
         return [common.embed_names(clip, classnames, n) for n in (cfg.class_n_ctx, cfg.n_ctx)]
@@ -159,10 +166,10 @@ def train(cfg, clip, data):
     known = task_titles(cfg, task_names)
     titles = common.embed_names(clip, known, cfg.task_n_ctx)
     names = embed([c for d in data for c in d.classnames])
-    task_rows, every = (torch.arange(len(x), device=device) for x in (data, column_task))
+    task_rows, all_columns = (torch.arange(len(x), device=device) for x in (data, column_task))
     for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         for f, labels in batches(epoch):
-            columns, chosen = every, names
+            columns, chosen = all_columns, names
             if prompt.per_class and cfg.class_rate < 1:
                 columns = sample_classes(labels, column_task, cfg.class_rate)
                 chosen = [common.Names(n.sos, *(x[columns] for x in n[1:])) for n in names]
@@ -177,9 +184,7 @@ def train(cfg, clip, data):
     def predictor(dataset):
         own = dataset.name in task_names
         t = task_names.index(dataset.name) if own else 0
-        if not own and len(prompt.ctx if prompt.baseline else prompt.task_ctx) > 1:
-            raise common.Error(f"--variant {cfg.variant}: no context for a new task {dataset.name}")
-        if cfg.variant.startswith("CS") and (not own or dataset.classnames != data[t].classnames):
+        if cfg.variant.startswith("CS") and dataset.classnames != data[t].classnames:
             raise common.Error(f"--variant {cfg.variant}: no class context for other class names")
         title = known[t] if own else task_titles(cfg, [dataset.name], new=True)[0]
         title = common.embed_names(clip, [title], cfg.task_n_ctx)
@@ -195,39 +200,41 @@ def train(cfg, clip, data):
 
 def task_titles(cfg, names, new=False):
     """The task names of cfg.tasks, or defaults from the data sets' names."""
-    titles = [TASKS.get(name, f"{name.replace('_', ' ')} classification") for name in names]
-    if cfg.tasks and not new:
-        file = Path(cfg.tasks)
-        titles = file.read_text().splitlines() if file.is_file() else cfg.tasks.split(",")
-        titles = [title.strip() for title in titles if title.strip()]
-        if len(titles) != len(names):
-            raise common.Error(f"--tasks names {len(titles)} tasks, --dataset has {len(names)}")
+    if new or not cfg.tasks:
+        return [TASKS.get(name, f"{name.replace('_', ' ')} classification") for name in names]
+    file = Path(cfg.tasks)
+    titles = file.read_text().splitlines() if file.is_file() else cfg.tasks.split(",")
+    titles = [title.strip() for title in titles if title.strip()]
+    if len(titles) != len(names):
+        raise common.Error(f"--tasks names {len(titles)} tasks, --dataset has {len(names)}")
     return titles
 
 
 def load_tasks(cfg):
-    """The data sets of cfg.dataset, one per task, a name each."""
+    """The data sets of cfg.dataset, one per task, each of a name of its own."""
     root = Path(cfg.data)
     if cfg.dataset == "plant6":
         sets = [common.load_dataset(str(root / folder), root) for folder in PLANT6]
         for k, (folder, kind) in enumerate(PLANT6.items()):
             template = f"a photo of a {{}}, a type of {kind}."
             sets[k] = sets[k]._replace(name=folder.split("/")[0], template=template)
-        pairs = [c.split("___") for c in sets[-1].classnames]  # PlantVillage: plant, disease
-        names = [f"{p[0]} leaf with {p[1]} disease" if len(p) > 1 else p[0] for p in pairs]
-        template = "a photo of a plant leaf with {} disease."
-        return [*sets[:-1], sets[-1]._replace(classnames=names, template=template)]
+        plants = [c.split("___") for c in sets[-1].classnames]  # PlantVillage: plant, disease
+        plants = [f"{p[0]} leaf with {p[1]} disease" if p[1:] else p[0].lower() for p in plants]
+        return [*sets[:-1], sets[-1]._replace(classnames=plants, template=common.PHOTO)]
     if cfg.dataset == "fashion20":
         place = root / "fashion20/images"
-        sets = [common.load_dataset(str(place / f), root) for f in common.listed(place, True)]
-        titles = [f"a photo of {{}}, a type of {kind}." for kind in FASHION]
-        pairs = zip(sets, titles, strict=False)
-        return [d._replace(name=f"fashion20 {d.name}", template=t) for d, t in pairs]
+        folders = sorted(common.listed(place, True), key=lambda f: (len(f), f))  # 1, 2, ... 20
+        if len(folders) != len(FASHION):
+            raise common.Error(f"fashion20: {place} must hold 20 folders, 1 to 20, in task order")
+        sets = [common.load_dataset(str(place / f), root) for f in folders]
+        for k, kind in enumerate(FASHION):
+            title = f"a photo of {{}}, a type of {kind}."
+            sets[k] = sets[k]._replace(name=f"fashion20 {sets[k].name}", template=title)
+        return sets
     names = GENERAL10 if cfg.dataset == "general10" else cfg.dataset.split(",")
     sets = [common.load_dataset(name, root, cfg.download) for name in names]
-    for d in sets:
-        if sum(d.name == other.name for other in sets) > 1:
-            raise common.Error(f"two tasks are named {d.name!r}; rename one folder")
+    if twice := {d.name for d in sets if [e.name for e in sets].count(d.name) > 1}:
+        raise common.Error(f"two tasks are named {min(twice)!r}; rename one folder")
     return sets
 
 

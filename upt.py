@@ -12,12 +12,14 @@ https://arxiv.org/abs/2210.07225      official code: yuhangzang/UPT, commit 3d16
 What the paper describes: text and visual prompts that interact through self-attention over all 2M
 rows. What the release computes: nn.MultiheadAttention is given (1, 2M, d_t) without batch_first,
 so it sees 2M sequences of length 1, every attention weight is 1, and no row reaches another; and
-the layer runs once per tower, with independent dropout. Default: the paper's; --official: the
-release's. Deviations and choices:
- 1. Mixing, one pass per step (default) or no mixing, two passes (--official), as above.
- 2. Learnables in fp32; the release casts them to fp16.
- 3. Epochs follow CoOp's table by shots, inferred from the release's config names.
- 4. --deep, ours: M further rows per layer join U, replaced before every block, after ln_pre.
+the layer runs once per tower, with independent dropout. Deviations and choices:
+ 1. Default: attention over all rows, one pass per step, in the release's layer (the paper, as
+    recalled, places the norms differently). --official: no mixing, two passes.
+ 2. Learnables in fp32; the release casts them to fp16. As there, U starts random: its words "a
+    photo of a" only count the rows.
+ 3. Epochs follow CoOp's table by shots, inferred from the release's config names; its Caltech101
+    base-to-new used 10.
+ 4. --deep, ours: M visual rows for every layer, replaced before each block, after ln_pre.
  5. --side text or visual leaves the other tower as CLIP's (hand template, no visual prompts).
 """
 
@@ -50,7 +52,7 @@ class UnifiedPrompt(nn.Module):
         super().__init__()
         self.n_text = cfg.n_ctx * (cfg.side != "visual")
         n_visual = cfg.n_ctx * (cfg.side != "text") * (layers if cfg.deep else 1)
-        self.shape = (n_visual // cfg.n_ctx, cfg.n_ctx, d)  # layers, M, d
+        self.shape = (n_visual // cfg.n_ctx, cfg.n_ctx, d)  # layers (0 where side is text), M, d
         self.official = cfg.official
         self.prompts = nn.Parameter(0.02 * torch.randn(1, self.n_text + n_visual, d_t))
         self.attention = nn.MultiheadAttention(d_t, 1, cfg.dropout, batch_first=not cfg.official)
@@ -70,7 +72,7 @@ class UnifiedPrompt(nn.Module):
         """Text context (1, M, d_t) and visual prompts (1 or layers, M, d)."""
         U = self.transform()
         rows = self.transform() if self.official else U  # the release runs it again
-        P = self.visual(rows[0, self.n_text :])  # (layers M, d), prompt-major as in the release
+        P = self.visual(rows[0, self.n_text :])  # rows ordered (M, layers), as in the release
         layers, M, d = self.shape
         return U[:, : self.n_text], P.reshape(M, layers, d).transpose(0, 1)
 
@@ -85,6 +87,8 @@ def train(cfg, clip, data):
     torch.manual_seed(cfg.seed)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: UPT prompts a ViT; try ViT-B-16")
+    if not cfg.n_ctx or cfg.dropout >= 1:
+        raise common.Error("--n_ctx must be at least 1 and --dropout below 1")
     d_t, d = clip.token_embedding.weight.shape[1], clip.visual.proj.shape[0]
     prompt = UnifiedPrompt(cfg, d_t, d, len(clip.visual.transformer.resblocks))
     prompt.to(clip.logit_scale.device)
@@ -97,7 +101,8 @@ def train(cfg, clip, data):
         """Unit image features (B, D): P joins before ln_pre and stays; deep P_i before block i."""
 
         def prompts(i, tokens):
-            return P[max(i, 0)] if (i >= 0 if cfg.deep else i < 0) else None
+            joins = i >= 0 if cfg.deep else i == -1
+            return P[max(i, 0)] if joins else None
 
         x = common.encode_image(clip, images, prompts if len(P) else None)
         return F.normalize(x, dim=-1)
@@ -112,16 +117,18 @@ def train(cfg, clip, data):
 
     names, T0 = label_set(data)
     for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
+        prompt.train()
         for images, labels in batches(epoch):
-            V, P = prompt.train()()
+            V, P = prompt()
             logits = s * features(images, P) @ weights(names, V, T0).T  # (B, K)
             common.step(F.cross_entropy(logits, labels), optimizer)
         scheduler.step()
 
     def predictor(dataset):
         with torch.no_grad():
-            V, P = prompt.eval()()
-            w = weights(label_set(dataset)[0], V, label_set(dataset)[1])
+            V, P = prompt.eval()()  # without dropout
+            names, T0 = label_set(dataset)
+            w = weights(names, V, T0)
         return lambda f, images: s * features(images, P) @ w.T
 
     return prompt, predictor
