@@ -275,7 +275,7 @@ def main():
                         f"{method.__name__}, {k} classes", method, config(method), clip, data
                     )
                     plain = took if method is coop else plain
-            for batch in (4, 32) if "enprompt" in rows else ():
+            for batch in (4, 32) if "enprompt" in rows and k == classes[0] else ():
                 small = data._replace(train=data.train[:batch])
                 cfg = config(enprompt, batch_size=batch)
                 compare(f"enprompt, {k} classes, batch {batch}", enprompt, cfg, clip, small)
