@@ -75,7 +75,8 @@ def plain_encode_text(clip, prefix, suffix, eot, group=None):
             rows = clip.ln_final(x)[torch.arange(len(x), device=x.device), eot]
             return (rows @ clip.text_projection).float()
 
-    prefix = prefix[:1].expand(len(suffix), -1, -1) if group is None else prefix[group]
+    one = group is None or len(prefix) == 1
+    prefix = prefix[:1].expand(len(suffix), -1, -1) if one else prefix[group]
     x = torch.cat([prefix, suffix], 1)
     pad = clip.token_embedding.weight[:1].expand(len(x), clip.context_length - x.shape[1], -1)
     x = torch.cat([x, pad], 1)
