@@ -124,8 +124,7 @@ UPKEEP = {*UPKEEP[UPKEEP.index("device") :], "transfer", "attention", "task"}
 
 
 def cli(cls, argv=None):
-    """Command line -> cls, a Config: the comment after a field is its help, unknown flags end it.
-    --shots and --seed take comma lists, which come back as lists of int."""
+    """Command line -> cls, a Config; a field's comment is its help, shots and seed may be lists."""
     source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])
     notes = dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.M))
     form, about = argparse.RawDescriptionHelpFormatter, sys.modules[cls.__module__].__doc__
@@ -168,7 +167,7 @@ def method(cfg):
 
 @functools.lru_cache(1)
 def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
-    """Loads an open_clip model of class CLIP, frozen, in eval mode, QuickGELU as its tag says.
+    """An open_clip model of class CLIP, frozen, in eval mode, QuickGELU as its tag (or file) says.
     model: open_clip name, "local-dir:DIR" or "hf-hub:NAME"; pretrained: tag, file, "" for random
     weights. precision "amp" (fp16) or "bf16" hold the towers' matrices in half, all else in fp32.
     Adds .tokenize, .half_dtype (None in fp32), .fingerprint (of fp32 weights). Raises Error."""
@@ -228,11 +227,11 @@ def attention(q, kv, heads, mask=None):
 
 
 def encode_text(clip, prefix, suffix, eot, group=None):
-    """Text features of prefix + suffix, in a causal tower: what precedes the class name is the same
-    for all classes of a context, and nothing after the EOT reaches it. So each prefix runs once,
-    and the suffixes, cut at their EOT, attend to its keys and values. prefix (G, P, d), suffix
-    (K, S, d): token embeddings without positions. eot (K,): the EOT's place in the whole. group
-    (K,): each class's prefix (None: row 0). Returns (K, D) fp32 features, as clip.encode_text."""
+    """Text features of prefix + suffix in a causal tower: nothing before the class name depends on
+    it and nothing after the EOT reaches it, so each prefix runs once and the suffixes, cut at their
+    EOT, attend to its keys and values. prefix (G, P, d), suffix (K, S, d): token embeddings without
+    positions. eot (K,): place in the whole. group (K,): each class's prefix (None or one: row 0).
+    Returns (K, D) fp32 features, as clip.encode_text."""
     K, (G, P, d), blocks = len(suffix), prefix.shape, clip.transformer.resblocks
     S = int(eot.max()) + 1 - P
     place = torch.arange(P + S, device=eot.device)
@@ -262,9 +261,9 @@ def encode_text(clip, prefix, suffix, eot, group=None):
 def encode_image(clip, images, prompts=None, patches=False):
     """Image features, with prompt rows from one hook: prompts(i, tokens) is asked before block i,
     and at i = -1 before ln_pre, with the (B, 1 + N, d) tokens that are not prompts. The (P, d) or
-    (B, P, d) rows it returns replace the prompt rows, None keeps them; they stand at the end, as
-    attention is blind to order. images (B, 3, H, W), normalised. Returns (B, D) fp32 features,
-    without prompts those of clip.encode_image; with patches=True also (B, N, D). ResNet: Error."""
+    (B, P, d) rows it returns replace the prompt rows, None keeps them; they stand at the end, where
+    attention does not mind. images (B, 3, H, W), normalised. Returns (B, D) fp32 features, as
+    clip.encode_image, and with patches=True also (B, N, D). Raises Error for a ResNet."""
     visual = clip.visual
     with torch.autocast(images.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         if not hasattr(visual, "transformer"):
@@ -296,9 +295,9 @@ def unit_features(clip, images):
 
 
 def embed_names(clip, names, n_ctx, template="{}."):
-    """What surrounds a learned context in "[SOS] X ... X <name>.", with n_ctx places X.
-    Returns sos (1, 1, d); tail (K, S, d): name, ".", EOT, padding; eot (K,): the EOT's position;
-    length (K,): the name's tokens in the sentence, where a "." may merge. Too long raises Error."""
+    """What surrounds a context in "[SOS] X ... X <name>.", with n_ctx places X: sos (1, 1, d), tail
+    (K, S, d) from the name on, eot (K,) position, length (K,) tokens of the name in the sentence,
+    where a "." may merge. Raises Error for a name that is too long."""
     names = [name.replace("_", " ") for name in names]
     texts = [" ".join(["X"] * n_ctx + [template.format(name)]) for name in names]
     for text, name in zip(texts, names, strict=True):
@@ -318,9 +317,8 @@ def zero_shot_weights(clip, dataset, templates=None):
 
 
 def encode_prompts(clip, names, ctx, group=None, position="end"):
-    """(K, D) features of [SOS] V [CLASS] "." [EOS], before normalisation (official coop.py).
-    names: of embed_names; ctx (G, M, d): contexts V; group (K,): the context of each class (None:
-    the first); position: the name at the "end", in the "middle" of V, or in "front" of it."""
+    """(K, D) features of [SOS] V [CLASS] "." [EOS] (official coop.py) for names of embed_names and
+    contexts ctx (G, M, d). group (K,): each class's context; position: of the name, against V."""
     M, suffix = ctx.shape[1], names.tail
     behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
     prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx[:, : M - behind]], 1)
@@ -334,9 +332,9 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
 
 
 def load_dataset(name, root="data", fetch=False):
-    """Dataset(name, train, val, test, classnames, template); items are (path, label, classname).
-    name: one of TABLE, of the shapes world, or a folder of class folders. Only lists are read: a
-    missing image is named when it is opened. fetch: download what is not there. Raises Error."""
+    """Dataset(name, train, val, test, classnames, template) with items (path, label, classname), of
+    a name of TABLE, of the shapes world, or a folder of class folders. Only lists are read: a
+    missing image is named when opened. fetch: download what is not there. Raises Error."""
     task = shapes.TASKS.get(name) if shapes else None
     if task or name not in TABLE:
         folder = shapes.write(Path(root), name) if task else Path(name)
@@ -355,7 +353,7 @@ def load_dataset(name, root="data", fetch=False):
 
         download(name, root)
     if not (images / ("cars_train" if name == "stanford_cars" else "")).is_dir():
-        raise Error(f"{name}: no folder {images}; --download fetches it (ImageNet: image-net.org)")
+        raise Error(f"no {images}; --download fetches it (imagenet's train/, val/: image-net.org)")
     if blob and not split.exists():
         from tests.download import fetch_split
 
@@ -373,7 +371,7 @@ def load_dataset(name, root="data", fetch=False):
             parts = [[(f"{images}/{i}.jpg", variants.index(v), v) for i, v in p] for p in pairs]
         else:
             parts = _from_wnids(name, images)
-    except (OSError, ValueError, TypeError, LookupError) as problem:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as problem:
         raise Error(f"{source} is not as published ({problem}); get it anew") from None
     return _checked(name, parts, template, source)
 
@@ -434,6 +432,9 @@ def _from_folders(folder):
         for group in groups:
             random.Random(0).shuffle(group)
         splits = [[g[round(a * len(g)) : round(b * len(g))] for g in groups] for a, b in cuts]
+    for c, train, test in zip(classes, splits[0], splits[2], strict=True):
+        if not (train and test):
+            raise Error(f"{folder}: class {c!r} has no {'training' if test else 'test'} image")
     return [sum(groups, []) for groups in splits]
 
 
@@ -457,8 +458,7 @@ def subset_classes(dataset, half):
     m = math.ceil(len(labels) / 2)
     new = {label: i for i, label in enumerate(labels[:m] if half == "base" else labels[m:])}
     parts = [[(path, new[y], c) for path, y, c in items if y in new] for items in dataset[1:4]]
-    names = [dataset.classnames[label] for label in new]
-    return Dataset(dataset.name, *parts, names, dataset.template)
+    return Dataset(dataset.name, *parts, [dataset.classnames[y] for y in new], dataset.template)
 
 
 def decode(picture):
@@ -496,12 +496,10 @@ def views(clip, pictures, boxes=None, mirror=None):
 
 
 def loader(cfg, clip, data, frozen=False, repeat=0):
-    """Returns batches(epoch), an iterator over (x, labels) of one epoch of data.train.
-    x: augmented images (B, 3, side, side), or with frozen=True their unit features (B, D), encoded
-    for the whole epoch first, in large batches without gradient: the same numbers in another order.
-    repeat: encode this many epochs' views once and use them in turn (0: new views every epoch).
-    Views and order depend on (seed, epoch) alone. As Dassl's: no image twice in an epoch, a last
-    short batch dropped unless it is the only one; RandomResizedCrop (area .08 to 1) and flip."""
+    """batches(epoch), an iterator over (x, labels) of data.train. x: augmented images (B, 3, side,
+    side), or with frozen=True unit features (B, D), encoded for the whole epoch first. repeat:
+    encode this many epochs' views and use them in turn. Views and order depend on (seed, epoch).
+    As Dassl's: a short last batch dropped unless alone; random crop (area .08 to 1) and flip."""
     pool, n, encoded = ThreadPoolExecutor(cfg.workers), len(data.train), {}
     if not n and not cfg.load:
         raise Error(f"{data.name} has no training images; evaluate on it with --transfer")
@@ -562,9 +560,7 @@ def sgd_cosine(groups, lr, epochs, warmup=1):
 
 
 def step(loss, optimizer, times=1):
-    """One backward pass and `times` SGD steps with its gradient; fp16 gradients are scaled.
-    Raises Error for a loss that is not finite, unless the scaler may skip the step (and counts it).
-    """
+    """Backward, and `times` SGD steps with the gradient. Raises Error for a loss that stays NaN."""
     scaler = optimizer.scaler
     if scaler.get_scale() <= 1 and not torch.isfinite(loss):  # 1 where scaling is off
         raise Error(f"the loss is {loss.item()}: lower --lr, or try --precision fp32")
@@ -628,6 +624,8 @@ def restore(cfg, clip=None, prompt=None, path=None):
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["json"])
+        meta["config"] = {f.name: meta["config"][f.name] for f in dataclasses.fields(cfg)}
+        meta["data"] = [Dataset(*d) for d in meta["data"]]
         tensors, owner, weights = load_file(path), meta["method"], meta["fingerprint"]
     except Exception as problem:  # safetensors raises kinds of its own
         raise Error(f"{path} is no prompt file of ours: {problem}") from None
@@ -693,10 +691,10 @@ def evaluate(logits, labels):
 
 
 def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
-    """Carries out the grid of cfg: train, evaluate, record; returns the last run's accuracy (%).
-    train(cfg, clip, data) returns the learned module and predictor(dataset), which returns
-    logits(f, x) of unit features f (B, D) and, where images is set, pictures x. tasks(cfg) lists
-    data sets to learn jointly; those of which per_class(name) holds count by mean per class."""
+    """Carries out the grid of cfg: train, evaluate, record; returns the last accuracy (%).
+    train(cfg, clip, data) returns the learned module and predictor(dataset) -> logits(f, x) of unit
+    features f (B, D) and, where images is set, pictures x. tasks(cfg) lists data sets to learn
+    jointly; those of which per_class(name) holds count by mean per class."""
     try:
         if cfg.load:  # the options it was trained with, in place of those left at their defaults
             saved = restore(cfg)[1]["config"]
@@ -721,9 +719,8 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
 
 
 def _run_one(cfg, train, images, tasks, per_class):
-    for name, value in vars(cfg).items():
-        low = name in ("batch_size", "workers")  # at least 1; all other numbers at least 0
-        if type(value) in (int, float) and not low <= value < 1e9:
+    for name, value in vars(cfg).items():  # batch_size and workers are at least 1
+        if type(value) in (int, float) and not (name in ("batch_size", "workers")) <= value < 1e9:
             raise Error(f"--{name} {value} is out of range")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
@@ -732,7 +729,7 @@ def _run_one(cfg, train, images, tasks, per_class):
     tiny = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
     model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
 
-    known = [Dataset(*d) for d in restore(cfg)[1]["data"]] if cfg.load else []
+    known = restore(cfg)[1]["data"] if cfg.load else []
     if cfg.predict or cfg.interpret:
         from tests import ask
 
@@ -747,16 +744,19 @@ def _run_one(cfg, train, images, tasks, per_class):
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
-    rows = [json.loads(line) for line in path.open()] if path.exists() and not cfg.force else []
     own = str(folder), model
-    rows = {(r["evaluated_on"], r["classes"]): r for r in rows if (r["run"], r["model"]) == own}
+    try:
+        rows = [json.loads(line) for line in path.open()] if path.exists() else []
+        rows = [r for r in rows if (r["run"], r["model"]) == own and not cfg.force]
+        rows = {(r["evaluated_on"], r["classes"]): r for r in rows}
+    except (ValueError, TypeError, LookupError) as problem:
+        raise Error(f"{path} holds a line that is no record ({problem}); mend or move it") from None
     new = {key: d for key, d in todo.items() if key not in rows}
     if new:
         clip = load_clip(model, cfg.pretrained, device, precision)
         known = known or [parts[d.name, halves[0]] for d in sets]
         prompt, predictor = train(cfg, clip, known if tasks else known[0])
-        here = Path(__file__).parent  # the shell leaves commit empty where there is no git
-        git = {"shell": True, "cwd": here, "capture_output": True, "text": True}
+        git = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
         commit = subprocess.run("git rev-parse --short HEAD", check=False, **git).stdout.strip()
         record = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
         record |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
@@ -764,24 +764,23 @@ def _run_one(cfg, train, images, tasks, per_class):
         seconds = restore(cfg)[1]["progress"][1] if prompt else 0
         record |= {"torch": torch.__version__, "open_clip": open_clip.__version__, "commit": commit}
         record |= {"run": str(folder), "train_seconds": seconds}
-    for (name, half), d in new.items():
-        start, labels = time.time(), torch.tensor([item[1] for item in d.test])
-        overall, mean = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)
-        row = {"eval_seconds": time.time() - start, "evaluated_on": name, "classes": half}
-        row |= {"accuracy": overall, "mean_class_accuracy": mean, "n_test": len(labels)}
-        zero = frozen_features(cfg, clip, d.test) @ zero_shot_weights(clip, d)[:, 0].T
-        overall, mean = evaluate(zero.cpu(), labels)
-        row |= {"zero_shot": overall, "zero_shot_mean_class": mean}
-        row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20}
-        rows[name, half] = record | row | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    if new:
+        for (name, half), d in new.items():
+            start, labels = time.time(), torch.tensor([item[1] for item in d.test])
+            overall, mean = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)
+            row = {"eval_seconds": time.time() - start, "evaluated_on": name, "classes": half}
+            row |= {"accuracy": overall, "mean_class_accuracy": mean, "n_test": len(labels)}
+            zero = frozen_features(cfg, clip, d.test) @ zero_shot_weights(clip, d)[:, 0].T
+            overall, mean = evaluate(zero.cpu(), labels)
+            row |= {"zero_shot": overall, "zero_shot_mean_class": mean}
+            row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20}
+            rows[name, half] = record | row | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with open(path.with_suffix(".lock"), "w") as lock:  # two processes lose nothing
             fcntl.flock(lock, fcntl.LOCK_EX)
             lines = [json.dumps(rows[key]) + "\n" for key in new]
             write(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
     for row in (rows[d.name, "all"] for d in other):
         print(
-            f"  on {row['evaluated_on']}: {row['accuracy']:.2f} (zero-shot {row['zero_shot']:.2f})"
+            f"  on {row['evaluated_on']}: {row['accuracy']:.2f}, zero-shot {row['zero_shot']:.2f}"
         )
     lines = []
     for keys in ("zero_shot", "zero_shot_mean_class"), ("accuracy", "mean_class_accuracy"):

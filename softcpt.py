@@ -71,9 +71,7 @@ class Config(common.Config):
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context of the task's name
     class_n_ctx: int = 4  # n, learned context of the class name (variants C*)
-    class_rate: float = (
-        1.0  # rho, share of negatives encoded per step (C*; release: 0.1 for General-10)
-    )
+    class_rate: float = 1.0  # rho, share of negatives per step (C*; release: 0.1 on General-10)
     official: bool = False  # the release's repeated steps
     views: int = 0  # epochs of augmented views to encode and reuse; 0 = new views every epoch
     task: str = ""  # with --predict: the data set whose classes to choose from
@@ -184,8 +182,9 @@ def train(cfg, clip, data):
     def predictor(dataset):
         own = dataset.name in task_names
         t = task_names.index(dataset.name) if own else 0
-        if cfg.variant.startswith("CS") and dataset.classnames != data[t].classnames:
-            raise common.Error(f"--variant {cfg.variant}: no class context for other class names")
+        strange = not own and cfg.variant[-2:] in ("TS", "CA")
+        if strange or cfg.variant[:2] == "CS" and dataset.classnames != data[t].classnames:
+            raise common.Error(f"--variant {cfg.variant}: no context for {dataset.name}'s names")
         title = known[t] if own else task_titles(cfg, [dataset.name], new=True)[0]
         title = common.embed_names(clip, [title], cfg.task_n_ctx)
         rows = offsets[t] + torch.arange(len(dataset.classnames), device=device)

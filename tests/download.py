@@ -5,6 +5,7 @@ where this was written: tests/test_download.py runs it against a server on 127.0
 """
 
 import hashlib
+import http.client
 import shutil
 import urllib.error
 import urllib.request
@@ -56,21 +57,21 @@ def download(name, root):
     folder, images = Path(root, TABLE[name][0]), TABLE[name][1]
     marker = {"stanford_cars": "cars_train", "imagenet_sketch": "sketch"}.get(name, images)
     home = folder / (images if marker == "sketch" else marker)
-    if home.is_dir():
-        return
     address, *md5 = SOURCES[name]
     host, _, path = address.partition(":")
+    archive, staging = Path(root, path.rsplit("/")[-1]), Path(root, f".{name}.unpacking")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+    if home.is_dir():
+        return
     if host == "copies":
         print(f"{name}: its owners' link is dead; this is a third party's copy, for research only")
-    archive, staging = Path(root, path.rsplit("/")[-1]), Path(root, f".{name}.unpacking")
     fetch(HOSTS[host] + path if host in HOSTS else address, archive, *md5)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
         print(f"unpacking {archive}", flush=True)
         unpack(archive, staging)
         found = next((p for p in sorted(staging.rglob(marker)) if p.is_dir()), None)
         if not found:
-            raise Error(f"{archive} holds no folder {marker}; delete it and try again")
+            raise Error(f"{archive} holds no folder {marker}; delete it and repeat")
         folder.mkdir(exist_ok=True)
         for entry in sorted(found.parent.iterdir(), key=lambda p: p == found):  # images at last
             target = home if entry == found else folder / entry.name
@@ -78,7 +79,7 @@ def download(name, root):
                 entry.rename(target)
         archive.unlink()
     except OSError as problem:
-        raise Error(f"{name}: {problem}; nothing was installed") from None
+        raise Error(f"{name}: {problem}; nothing was installed, repeat to go on") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -87,13 +88,20 @@ def unpack(archive, folder):
     """Unpacks archive, and the archives in it, below folder, which no entry can leave: shutil skips
     such names in a zip and refuses them, and links that leave, in a tar. Raises Error."""
     try:
-        tar = {} if archive.suffix == ".zip" else {"filter": "data"}
-        shutil.unpack_archive(archive, folder, **tar)
+        extract(archive, folder)
+        shutil.rmtree(folder / "__MACOSX", ignore_errors=True)  # a Mac's shadows of the same names
+        for inner in [p for p in folder.rglob("*") if p.name.endswith((".tar.gz", ".tgz"))]:
+            extract(inner, inner.parent)
+            inner.unlink()
     except Exception as problem:  # zipfile, tarfile, zlib and the disk raise many kinds
-        raise Error(f"{archive}: {problem}; nothing was installed, delete it and repeat") from None
-    for inner in [p for p in folder.rglob("*") if p.name.endswith((".tar.gz", ".tgz"))]:
-        unpack(inner, inner.parent)
-        inner.unlink()
+        cure = "repeat" if getattr(problem, "errno", None) else "delete it and repeat"
+        raise Error(f"{archive}: {problem}; nothing was installed, {cure}") from None
+
+
+def extract(archive, folder):
+    shutil.unpack_archive(
+        archive, folder, **({} if archive.suffix == ".zip" else {"filter": "data"})
+    )
 
 
 def fetch_split(path, blob):
@@ -109,10 +117,10 @@ def fetch(url, path, checksum=""):
     part = Path(f"{path}.part")
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         with urllib.request.urlopen(request, timeout=60) as reply:
             start = start if reply.status == 206 else 0
             size = start + int(reply.headers.get("Content-Length") or 0)
@@ -123,9 +131,11 @@ def fetch(url, path, checksum=""):
         if part.stat().st_size < size:
             raise OSError("the connection broke")
     except urllib.error.HTTPError as problem:
-        part.unlink(missing_ok=True)
-        raise Error(f"{url}: {problem}; put the file at {path} yourself") from None
-    except OSError as problem:
+        if problem.headers.get("Content-Range") != f"bytes */{start}":  # else part is whole
+            if problem.code == 416:
+                part.unlink()
+            raise Error(f"{url}: {problem}; repeat, or put the file at {path} yourself") from None
+    except (OSError, http.client.HTTPException) as problem:
         raise Error(f"{url}: {problem}; repeat to go on, or put it at {path} yourself") from None
     split = path.suffix == ".json"
     digest = hashlib.sha1(b"blob %d\0" % part.stat().st_size) if split else hashlib.md5()
