@@ -624,7 +624,8 @@ def restore(cfg, clip=None, prompt=None, path=None):
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["json"])
-        meta["config"] = {f.name: meta["config"][f.name] for f in dataclasses.fields(cfg)}
+        fields = dataclasses.fields(cfg) if meta["method"] == method(cfg) else ()
+        meta["config"] = {f.name: meta["config"][f.name] for f in fields}
         meta["data"] = [Dataset(*d) for d in meta["data"]]
         tensors, owner, weights = load_file(path), meta["method"], meta["fingerprint"]
     except Exception as problem:  # safetensors raises kinds of its own
@@ -744,7 +745,7 @@ def _run_one(cfg, train, images, tasks, per_class):
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
-    own = str(folder), model
+    own = str(folder if cfg.load else folder.relative_to(cfg.out)), model
     try:
         rows = [json.loads(line) for line in path.open()] if path.exists() else []
         rows = [r for r in rows if (r["run"], r["model"]) == own and not cfg.force]
@@ -763,7 +764,7 @@ def _run_one(cfg, train, images, tasks, per_class):
         record |= {"official": getattr(cfg, "official", False), "config": vars(cfg)}
         seconds = restore(cfg)[1]["progress"][1] if prompt else 0
         record |= {"torch": torch.__version__, "open_clip": open_clip.__version__, "commit": commit}
-        record |= {"run": str(folder), "train_seconds": seconds}
+        record |= {"run": own[0], "train_seconds": seconds}
         for (name, half), d in new.items():
             start, labels = time.time(), torch.tensor([item[1] for item in d.test])
             overall, mean = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)

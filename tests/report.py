@@ -16,7 +16,6 @@ import numpy as np
 import common
 import softcpt
 
-COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"]
 ORDER = ["coop", "dpt", "upt", "enprompt", "softcpt"]
 
 
@@ -128,14 +127,16 @@ def plot(rows, file):
     panels = [*names, "average"] if len(names) > 1 else names
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.8 * lines), squeeze=False)
+    size = (3.2 * columns + 2.4, 2.8 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, name in zip(axes.flat, panels, strict=False):
         wanted = names if name == "average" else [name]
         zero = [np.mean([r["zero_shot"] for r in rows if r["evaluated_on"] == n]) for n in wanted]
         axis.axhline(np.mean(zero), color="black", linestyle=":", label="zero-shot")
-        for label, colour in zip(labels, COLOURS * len(labels), strict=False):
+        for k, label in enumerate(labels):
+            colour = plt.get_cmap("tab20")(k % 20)  # a method keeps its colour in every panel
             points = []
             for shots in sorted({r["shots"] for r in rows if r["label"] == label}):
                 seeds = defaultdict(dict)
@@ -160,8 +161,10 @@ def plot(rows, file):
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("accuracy (%)")
     axes[-1, 0].set_xlabel("training images per class")
-    axes[0, 0].legend(fontsize=6)
-    figure.tight_layout()
+    shown = {}
+    for axis in figure.axes:
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown.keys(), fontsize=7, loc="outside right upper")
     figure.savefig(file, dpi=150)
 
 
