@@ -184,9 +184,7 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
             clip = open_clip.create_model(model, **options)
         clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
     except Exception as problem:  # open_clip raises many kinds
-        raise Error(
-            f"--model {model} on {device}: {problem}; try another, or --device cpu"
-        ) from None
+        raise Error(f"--model {model} on {device}: {problem}; or try --device cpu") from None
     clip.requires_grad_(False).eval()
     try:  # the towers below must give the model's own features
         ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
@@ -233,29 +231,31 @@ def encode_text(clip, prefix, suffix, eot, group=None):
     positions. eot (K,): place in the whole. group (K,): each class's prefix (None or one: row 0).
     Returns (K, D) fp32 features, as clip.encode_text."""
     K, (G, P, d), blocks = len(suffix), prefix.shape, clip.transformer.resblocks
-    S = int(eot.max()) + 1 - P
-    place = torch.arange(P + S, device=eot.device)
-    keep = (place[P:] <= eot[:, None]).nonzero(as_tuple=True)  # the n suffix tokens up to their EOT
-    last = (eot + 1 - P).cumsum(0) - 1  # the EOTs among them
+    length, order = (eot + 1 - P).sort(stable=True)  # suffixes of equal length stand together
+    sizes, counts = (t.tolist() for t in length.unique_consecutive(return_counts=True))
+    tokens = [s * k for s, k in zip(sizes, counts, strict=True)]
+    place = torch.arange(P + sizes[-1], device=eot.device)
+    keep = (place[: sizes[-1]] < length[:, None]).nonzero(as_tuple=True)  # n tokens, no padding
     causal = place <= place[:, None]  # True = may attend
 
-    def attend(q, kv, heads, past, mask):  # padded for this alone
-        kv = kv.new_zeros(K, S, 2 * d).index_put(keep, kv)
-        if len(q) == K:
-            return attention(q[:, None], torch.cat([past, kv], 1), heads, mask)[:, 0]
-        q = q.new_zeros(K, S, d).index_put(keep, q)
-        return attention(q, torch.cat([past, kv], 1), heads, mask)[keep]
+    def attend(q, kv, heads, past):  # one length at a time
+        parts = past.split(counts), kv.split(tokens), q.split(counts if len(q) == K else tokens)
+        done = []
+        for past, kv, q in zip(*parts, strict=True):
+            kv = torch.cat([past, kv.view(len(past), -1, 2 * d)], 1)
+            q, T = q.view(len(past), -1, d), kv.shape[1]
+            done.append(attention(q, kv, heads, causal[T - q.shape[1] : T, :T]).flatten(0, 1))
+        return torch.cat(done)
 
     with torch.autocast(suffix.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         x = prefix + clip.positional_embedding[:P]
-        y = (suffix[:, :S] + clip.positional_embedding[P : P + S])[keep]  # (n, d)
+        y = (suffix[order, : sizes[-1]] + clip.positional_embedding[P : len(place)])[keep]  # (n, d)
         for block in blocks:
             x, past = _block(block, x, functools.partial(attention, mask=causal[:P, :P]))
-            past = past[:1].expand(K, -1, -1) if G == 1 or group is None else past[group]
-            end = block is blocks[-1]  # there only the EOTs are needed
-            mask, rows = (causal[eot][:, None, None], last) if end else (causal[P:], None)
-            y, _ = _block(block, y, functools.partial(attend, past=past, mask=mask), rows)
-        return (clip.ln_final(y) @ clip.text_projection).float()
+            past = past[:1].expand(K, -1, -1) if G == 1 or group is None else past[group[order]]
+            rows = length.cumsum(0) - 1 if block is blocks[-1] else None  # there only the EOTs
+            y, _ = _block(block, y, functools.partial(attend, past=past), rows)
+        return (clip.ln_final(y) @ clip.text_projection).float()[order.argsort()]
 
 
 def encode_image(clip, images, prompts=None, patches=False):
@@ -385,9 +385,7 @@ def _checked(name, splits, template, source):
     if len(names) < 2:
         raise Error(f"{source}: fewer than two classes; nothing to tell apart")
     if missing := sorted(set(range(max(names) + 1)) - trained):
-        raise Error(
-            f"{source}: class {names.get(missing[0], missing[0])!r} has no image to train on"
-        )
+        raise Error(f"{source}: class {names.get(missing[0], missing[0])!r} has no training image")
     first = (splits[0] or splits[2])[0][0]
     if not Path(first).is_file():
         raise Error(f"{source} names {first}, which is not there; is the download whole?")
@@ -605,12 +603,9 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
         for i, buffers in state["state"].items() if not last else ():
             tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
-        meta = {
-            "method": method(cfg),
-            "fingerprint": clip.fingerprint,
-            "groups": state["param_groups"],
-        }
-        meta |= {"data": sets, "config": vars(cfg), "scaler": optimizer.scaler.state_dict()}
+        meta = {"method": method(cfg), "fingerprint": clip.fingerprint, "data": sets}
+        meta |= {"config": vars(cfg), "groups": state["param_groups"]}
+        meta |= {"scaler": optimizer.scaler.state_dict()}
         meta["progress"] = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
         write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
     part.unlink(missing_ok=True)
@@ -719,6 +714,18 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
         stop(f"{problem}: this needs the repository's tests/ beside common.py")
 
 
+def records(path):
+    """The rows of a results.jsonl, an empty list where there is none. Raises Error."""
+    try:
+        rows = [json.loads(line) for line in path.open()] if path.exists() else []
+        keys = "run method model shots evaluated_on classes accuracy mean_class_accuracy zero_shot"
+        if not all(row.keys() >= {*keys.split(), "train_seconds", "config"} for row in rows):
+            raise ValueError("a field is missing")
+        return rows
+    except (ValueError, AttributeError) as problem:
+        raise Error(f"{path} holds a line that is no record ({problem}); mend or move it") from None
+
+
 def _run_one(cfg, train, images, tasks, per_class):
     for name, value in vars(cfg).items():  # batch_size and workers are at least 1
         if type(value) in (int, float) and not (name in ("batch_size", "workers")) <= value < 1e9:
@@ -746,12 +753,8 @@ def _run_one(cfg, train, images, tasks, per_class):
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
     own = str(folder if cfg.load else folder.relative_to(cfg.out)), model
-    try:
-        rows = [json.loads(line) for line in path.open()] if path.exists() else []
-        rows = [r for r in rows if (r["run"], r["model"]) == own and not cfg.force]
-        rows = {(r["evaluated_on"], r["classes"]): r for r in rows}
-    except (ValueError, TypeError, LookupError) as problem:
-        raise Error(f"{path} holds a line that is no record ({problem}); mend or move it") from None
+    rows = [] if cfg.force else [r for r in records(path) if (r["run"], r["model"]) == own]
+    rows = {(r["evaluated_on"], r["classes"]): r for r in rows}
     new = {key: d for key, d in todo.items() if key not in rows}
     if new:
         clip = load_clip(model, cfg.pretrained, device, precision)
@@ -762,9 +765,8 @@ def _run_one(cfg, train, images, tasks, per_class):
         record = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
         record |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
         record |= {"official": getattr(cfg, "official", False), "config": vars(cfg)}
-        seconds = restore(cfg)[1]["progress"][1] if prompt else 0
         record |= {"torch": torch.__version__, "open_clip": open_clip.__version__, "commit": commit}
-        record |= {"run": own[0], "train_seconds": seconds}
+        record |= {"run": own[0], "train_seconds": restore(cfg)[1]["progress"][1] if prompt else 0}
         for (name, half), d in new.items():
             start, labels = time.time(), torch.tensor([item[1] for item in d.test])
             overall, mean = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)
@@ -777,12 +779,10 @@ def _run_one(cfg, train, images, tasks, per_class):
             rows[name, half] = record | row | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with open(path.with_suffix(".lock"), "w") as lock:  # two processes lose nothing
             fcntl.flock(lock, fcntl.LOCK_EX)
-            lines = [json.dumps(rows[key]) + "\n" for key in new]
-            write(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
-    for row in (rows[d.name, "all"] for d in other):
-        print(
-            f"  on {row['evaluated_on']}: {row['accuracy']:.2f}, zero-shot {row['zero_shot']:.2f}"
-        )
+            lines = [json.dumps(row) + "\n" for row in [*records(path), *map(rows.get, new)]]
+            write(path, "".join(lines).encode())
+    for r in (rows[d.name, "all"] for d in other):
+        print(f"  on {r['evaluated_on']}: {r['accuracy']:.2f}, zero-shot {r['zero_shot']:.2f}")
     lines = []
     for keys in ("zero_shot", "zero_shot_mean_class"), ("accuracy", "mean_class_accuracy"):
         a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]

@@ -5,7 +5,6 @@ the seeds, from full precision; H of an average is that of the averaged base and
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import defaultdict
@@ -25,8 +24,7 @@ def read(out):
     if not path.exists():
         raise common.Error(f"{path}: nothing is recorded there yet; --out names another folder")
     rows = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in common.records(path):
         options = re.sub(r"^\d+shots_seed\d+(_classes=base)?", "", Path(row["run"]).name)
         row["label"] = " ".join([row["method"], *filter(None, options.split("_", 1)[1:])])
         mean = row["method"] == "softcpt" and softcpt.scored_per_class(row["evaluated_on"])

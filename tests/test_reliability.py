@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
+from tests import report
 from tests.miniatures import (
     child,
     killed_at,
@@ -219,11 +220,10 @@ def test_a_file_in_place_of_a_folder_is_one_line(flags, tmp_path, capsys):
 def test_a_results_file_with_a_foreign_line_is_named_and_kept(line, flags, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     path.write_text(line + "\n")
-    try:
-        run_coop(*flags, "--epochs", 1, "--out", tmp_path)
-    except SystemExit:
-        assert str(path) in refusal(capsys, run_coop, *flags, "--epochs", 1, "--out", tmp_path)
-    assert path.read_text().startswith(line + "\n")
+    assert str(path) in refusal(capsys, run_coop, *flags, "--epochs", 1, "--out", tmp_path)
+    with pytest.raises(common.Error, match="no record"):
+        report.read(tmp_path)
+    assert path.read_text() == line + "\n"
 
 
 # ---------------------------------------------------------------------------- prompt files
