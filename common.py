@@ -558,14 +558,11 @@ def sgd_cosine(groups, lr, epochs, warmup=1):
 
 
 def step(loss, optimizer, times=1):
-    """Backward, and `times` SGD steps with the gradient. Raises Error for a loss that stays NaN."""
-    scaler = optimizer.scaler
-    if scaler.get_scale() <= 1 and not torch.isfinite(loss):  # 1 where scaling is off
-        raise Error(f"the loss is {loss.item()}: lower --lr, or try --precision fp32")
+    """Backward, and `times` SGD steps with the gradient; none where fp16 gradients overflowed."""
+    scaler, before = optimizer.scaler, optimizer.scaler.get_scale()
     optimizer.losses.append(loss.detach())
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     optimizer.skipped += (skipped := scaler.get_scale() < before)
@@ -575,20 +572,21 @@ def step(loss, optimizer, times=1):
 
 def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     """Yields the epochs still to be trained; keeps a checkpoint after each and goes on from it;
-    last, prompt.safetensors: the learnables and what they belong to, loaded where it exists."""
+    last, prompt.safetensors: the learnables and what they belong to, loaded where it exists.
+    Raises Error after an epoch that ends with a loss that is not finite."""
     folder, first, seconds = run_folder(cfg), 0, 0.0
     part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
     if cfg.load or final.exists():
         restore(cfg, clip, prompt)
         return
     fp16, device = clip.half_dtype is torch.float16, clip.logit_scale.device.type
-    optimizer.scaler = torch.amp.GradScaler(device, enabled=fp16)
+    optimizer.scaler = scaler = torch.amp.GradScaler(device, enabled=fp16)
     if part.exists():
         tensors, meta = restore(cfg, clip, prompt, part)
         state = {k[9:]: {"momentum_buffer": t} for k, t in tensors.items() if "momentum." in k}
         state = {int(i): buffers for i, buffers in state.items()}
         optimizer.load_state_dict({"state": state, "param_groups": meta["groups"]})
-        optimizer.scaler.load_state_dict(meta["scaler"])
+        scaler.load_state_dict(meta["scaler"])
         first, seconds, scheduler.last_epoch, optimizer.skipped = meta["progress"]
     write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
     sets = [d._replace(train=[], val=[], test=[]) for d in (data if type(data) is list else [data])]
@@ -598,14 +596,16 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         torch.manual_seed(hash((cfg.seed, epoch)) % 2**63)  # for dropout and class sampling
         optimizer.losses, start = [], time.time()
         yield epoch
-        bar.set_postfix(loss=f"{torch.stack(optimizer.losses).mean().item():.3f}")
+        losses = torch.stack(optimizer.losses).tolist()
+        if not math.isfinite(losses[-1]):
+            raise Error(f"the loss is {losses[-1]}: lower --lr, or try --precision fp32")
+        bar.set_postfix(loss=f"{np.mean(losses):.3f}")
         seconds += time.time() - start
         tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
         for i, buffers in state["state"].items() if not last else ():
             tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
-        meta = {"method": method(cfg), "fingerprint": clip.fingerprint, "data": sets}
-        meta |= {"config": vars(cfg), "groups": state["param_groups"]}
-        meta |= {"scaler": optimizer.scaler.state_dict()}
+        meta = {"method": method(cfg), "fingerprint": clip.fingerprint, "config": vars(cfg)}
+        meta |= {"data": sets, "groups": state["param_groups"], "scaler": scaler.state_dict()}
         meta["progress"] = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
         write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
     part.unlink(missing_ok=True)

@@ -152,11 +152,12 @@ def train(cfg, clip, data):
         T0 = common.zero_shot_weights(clip, dataset)[:, 0]
         return names, T0, min(cfg.top_k, len(T0))
 
-    names, T0, K = label_set(data)
+    (names, T0, K), empty = label_set(data), 0
     for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         for images, y in batches(epoch):
             z = common.unit_features(clip, images)  # frozen
             top = (z @ T0.T).topk(K).indices  # (B, K)
+            empty = empty + ~(top == y[:, None]).any()
             T, w = text(names, T0)
             v, layer_logits, _ = encode(clip, prompt, images, T, top)
             loss = F.cross_entropy(s * v @ w.T, y)
@@ -166,6 +167,8 @@ def train(cfg, clip, data):
             loss = loss + cfg.alpha * cavpt_loss(layer_logits, top, y)
             common.step(loss, optimizer)
         scheduler.step()
+    if empty and cfg.cavpt_layers:
+        print(f"{empty} steps had no true class among the top {K} (deviation 1)")
 
     def predictor(dataset):
         names, T0, K = label_set(dataset)

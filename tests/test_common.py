@@ -302,13 +302,17 @@ def test_two_steps_are_sgd_with_momentum_and_weight_decay():
         assert p.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_loss_that_is_not_finite_ends_training():
-    p = torch.nn.Parameter(torch.ones(1))
-    optimizer, _ = common.sgd_cosine([p], 0.1, 10)
-    for bad in math.nan, math.inf:
-        with pytest.raises(common.Error, match=f"{bad}.*--lr"):
-            common.step((bad * p).sum(), optimizer)
-    assert p.item() == 1
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_good_epoch(clip, bad, tmp_path):
+    cfg, prompt = coop.Config(out=str(tmp_path)), torch.nn.Linear(1, 1)
+    optimizer, scheduler = common.sgd_cosine(prompt.parameters(), 0.1, 3)
+    with pytest.raises(common.Error, match=f"{bad}.*--lr"):
+        for epoch in common.training(cfg, clip, [], prompt, optimizer, scheduler, 3):
+            good = {name: t.clone() for name, t in prompt.state_dict().items()}
+            common.step(prompt(torch.ones(1)).sum() * (bad if epoch else 1.0), optimizer)
+    (kept,) = common.run_folder(cfg).glob("*.safetensors")
+    kept = common.restore(cfg, clip, path=kept)[0]
+    assert all(torch.equal(kept[name], t) for name, t in good.items())
 
 
 # --- few-shot picks and halves

@@ -183,6 +183,21 @@ def test_a_batch_without_a_true_class_among_the_top_gives_a_zero_not_nan(odd):
     assert dpt.cavpt_loss([], top, torch.tensor([1, 2] * 3)) == 0
 
 
+def test_steps_without_a_true_class_among_the_top_are_counted(odd, capsys):
+    options = {**TINY, "top_k": 1, "batch_size": 1, "epochs": 2}
+    batches = common.loader(dpt.Config(batch_size=1), odd, toy())
+    hits = [
+        (common.unit_features(odd, x) @ hand(odd).T).argmax(1) == y
+        for epoch in range(2)
+        for x, y in batches(epoch)
+    ]
+    assert 0 < (count := len(hits) - sum(hits).item()) < len(hits)
+    rehearsed(dpt, odd, toy(), **options)
+    assert f"{count} steps had no true class" in capsys.readouterr().out
+    rehearsed(dpt, odd, toy(), **options | {"cavpt_layers": 0})
+    assert "no true class" not in capsys.readouterr().out
+
+
 def test_parameter_counts_are_those_of_vit_b_32():
     with torch.device("meta"):
         clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
