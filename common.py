@@ -789,7 +789,7 @@ def _run_one(cfg, train, images, tasks, per_class):
         b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
         lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
     seconds = rows[sets[0].name, halves[0]]["train_seconds"]
-    title = f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
+    title = f"in {folder}\n" * folder.exists() + f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
     print(f"{title}: {lines[1]} (zero-shot {lines[0]}), {seconds:.0f} s", flush=True)
     return float(a[0])
 

@@ -63,6 +63,8 @@ def initial_context(cfg, clip, K):
 
 
 def train(cfg, clip, data):
+    """Learns V from data.train; returns it and predictor(dataset), which gives logits(f, x) (B, K)
+    of unit image features f (B, D). Raises common.Error for options that cannot be."""
     torch.manual_seed(cfg.seed)
     if cfg.csc and (cfg.transfer or cfg.classes == "base"):
         raise common.Error("--csc serves its own classes: no --transfer, no --classes base")
@@ -97,6 +99,7 @@ def train(cfg, clip, data):
 
 
 def main(cfg):
+    """Trains and evaluates the grid of cfg; the last accuracy in percent."""
     return common.run(cfg, train, images=False)
 
 

@@ -125,6 +125,8 @@ def cavpt_loss(layer_logits, top, labels):
 
 
 def train(cfg, clip, data):
+    """Learns the prompts from data.train; returns them and predictor(dataset), which gives
+    logits (B, K) of (unit frozen features f (B, D), images). Raises common.Error."""
     torch.manual_seed(cfg.seed)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: DPT prompts a ViT; try ViT-B-32")
@@ -220,6 +222,7 @@ def draw_attention(cfg, clip, images, maps, top, logits, names, shown=3, pixels=
 
 
 def main(cfg):
+    """Trains and evaluates the grid of cfg; the last accuracy in percent."""
     return common.run(cfg, train)
 
 

@@ -98,6 +98,8 @@ def transport(patches, w, cfg):
 
 
 def train(cfg, clip, data):
+    """Learns EnLa and the prompts from data.train; returns them and predictor(dataset), which gives
+    logits (B, K) of (unit frozen features f (B, D), images). Raises common.Error."""
     torch.manual_seed(cfg.seed)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: EnPrompt prompts a ViT; try ViT-B-16")
@@ -155,6 +157,7 @@ def train(cfg, clip, data):
 
 
 def main(cfg):
+    """Trains and evaluates the grid of cfg; the last accuracy in percent."""
     return common.run(cfg, train)
 
 

@@ -10,15 +10,13 @@ https://arxiv.org/abs/2208.13474      official code: github.com/kding1225/softcp
     f_c  class feature  (C, D)     V    generated contexts    (T or C, M, d_t)     C  all classes
 
 Deviations from the official code, and its quirks that we keep:
- 1. One optimiser and one schedule step per event. --official: the release registers one optimiser
-    three times (four with a class context), so takes 3 (4) steps with each gradient and as many
-    schedule steps per epoch.
+ 1. One optimiser and schedule step per event. --official: the release registers one optimiser
+    three times (four with a class context), so takes 3 (4) steps per gradient and per epoch.
  2. task_n_ctx is 4, as in the released commands; the paper's parameter counts fit 8.
  3. Few-shot picks are CoOp's for each task; the release's forked workers made them irreproducible.
  4. General-10 on CoOp's split files, because the release's are not public, with task names of ours:
     numbers compare only roughly. RS-8's members are not public; a comma list of folders serves it.
- 5. Kept: f_t and f_c are not normalised, W has no bias, tasks are not re-weighted; the score is the
-    mean over tasks, of which PER_CLASS and Fashion-20 count by mean per class.
+ 5. Kept: f_t and f_c are not normalised, W has no bias, tasks are not re-weighted.
  6. Learnables in fp32. Plant-6 keeps its train/ and test/, which the release mixes.
 """
 
@@ -106,10 +104,10 @@ class SoftContext(nn.Module):
 
 
 def text_features(clip, prompt, titles, task_rows, names, name_rows, of):
-    """(C, D) features, before normalisation, of classes in the contexts of their tasks.
-    titles: embedded task names (T); task_rows (T,): their rows in task_ctx; names: the class names
-    embedded (for class_ctx, for V); name_rows (C,): their rows in class_ctx; of (C,): their tasks.
-    A context table with one row serves all."""
+    """(C, D) features, before normalisation, of classes in the contexts of their tasks. titles:
+    embedded task names (T); task_rows (T,): their rows in task_ctx; names: class names embedded for
+    class_ctx and for V; name_rows (C,): their rows in class_ctx; of (C,): their tasks. A context
+    table with one row serves all."""
     if prompt.baseline:
         return common.encode_prompts(clip, names[1], prompt.ctx, task_rows[of])
     f_t = common.encode_prompts(clip, titles, prompt.task_ctx, task_rows)
@@ -141,6 +139,7 @@ def sample_classes(labels, column_task, rate):
 
 
 def train(cfg, clip, data):
+    """Learns from data, a list of tasks; returns what coop.train does. Raises common.Error."""
     torch.manual_seed(cfg.seed)
     specific = cfg.variant.startswith("CS") or (cfg.transfer and cfg.variant[-2:] in ("TS", "CA"))
     if specific and (cfg.transfer or cfg.classes == "base"):
@@ -202,8 +201,8 @@ def task_titles(cfg, names, new=False):
     if new or not cfg.tasks:
         return [TASKS.get(name, f"{name.replace('_', ' ')} classification") for name in names]
     file = Path(cfg.tasks)
-    titles = file.read_text().splitlines() if file.is_file() else cfg.tasks.split(",")
-    titles = [title.strip() for title in titles if title.strip()]
+    text = file.read_text(errors="replace") if file.is_file() else cfg.tasks.replace(",", "\n")
+    titles = [title.strip() for title in text.splitlines() if title.strip()]
     if len(titles) != len(names):
         raise common.Error(f"--tasks names {len(titles)} tasks, --dataset has {len(names)}")
     return titles
@@ -238,10 +237,12 @@ def load_tasks(cfg):
 
 
 def main(cfg):
+    """Trains and evaluates the grid of cfg; the last accuracy in percent."""
     return common.run(cfg, train, images=False, tasks=load_tasks, per_class=scored_per_class)
 
 
 def scored_per_class(name):
+    """Whether a task counts by mean per-class accuracy in the score, the mean over tasks."""
     return name in PER_CLASS or name.startswith("fashion20")
 
 

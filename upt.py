@@ -84,6 +84,8 @@ class UnifiedPrompt(nn.Module):
 
 
 def train(cfg, clip, data):
+    """Learns U and its transform from data.train; returns them and predictor(dataset), which gives
+    logits (B, K) of (unit frozen features f (B, D), images). Raises common.Error."""
     torch.manual_seed(cfg.seed)
     if not hasattr(clip.visual, "transformer"):
         raise common.Error(f"--model {cfg.model}: UPT prompts a ViT; try ViT-B-16")
@@ -135,6 +137,7 @@ def train(cfg, clip, data):
 
 
 def main(cfg):
+    """Trains and evaluates the grid of cfg; the last accuracy in percent."""
     return common.run(cfg, train)
 
 

@@ -105,3 +105,13 @@ def test_training_lowers_the_loss_on_its_own_images(clip, tmp_path):
         cfg = coop.Config(epochs=epochs, views=2, out=str(tmp_path))
         loss.append(F.cross_entropy(coop.train(cfg, clip, data)[1](data)(f, None), labels))
     assert loss[1] < 0.8 * loss[0]
+
+
+def test_a_step_that_fp16_would_lose_moves_the_context(clip):
+    half = torch.tensor(0.02, dtype=torch.float16)
+    assert half - 7e-6 == half  # the release's learnables; the spacing at 0.02 is 1.5e-5
+    prompt, _ = untrained(coop, clip, toy(), n_ctx=1)
+    before = prompt.ctx.detach().clone()
+    optimizer, _ = common.sgd_cosine(prompt.parameters(), 7e-6, 10, warmup=0)
+    common.step(prompt.ctx.sum(), optimizer)
+    assert torch.allclose(before - prompt.ctx, torch.tensor(7e-6), rtol=1e-2)
