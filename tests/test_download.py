@@ -400,7 +400,8 @@ def test_a_download_killed_at_any_write_leaves_no_half_data_set(server, tmp_path
     items, writes = serve(server, "fgvc_aircraft", tmp_path), []
     with watched(writes.append):
         download.download("fgvc_aircraft", tmp_path / "undisturbed")
-    for n in sorted({*range(1, len(writes), 7), *range(len(writes) - 8, len(writes) + 1)}):
+    moments = sorted({*range(1, len(writes), 7), *range(len(writes) - 8, len(writes) + 1)})
+    for n in moments:
         root = tmp_path / f"data{n}"
         home = root / "fgvc_aircraft/images"
         assert killed_at(n, install, "fgvc_aircraft", root, server.url) == -signal.SIGKILL
@@ -411,6 +412,7 @@ def test_a_download_killed_at_any_write_leaves_no_half_data_set(server, tmp_path
         data = common.load_dataset("fgvc_aircraft", root)
         assert data.test == moved(items["test"], tmp_path / "owner", root)
         assert len(list(home.iterdir())) == 20
+    print(f"\n{len(moments)} kills while downloading, {len(moments)} identical data sets")
 
 
 # ---------------------------------------------------------------------------- hostile archives
