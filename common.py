@@ -156,9 +156,9 @@ def run_folder(cfg):
         if field.name not in UPKEEP | {"dataset", "shots", "seed"}:
             value = getattr(cfg, field.name)
             name += f"_{field.name}={value}" * (value != field.default)
-    place = [re.sub(r"[^\w.=+,-]+", "-", part).strip("-.") for part in (cfg.dataset, name)]
-    place = [p if len(p) < 150 else p[:110] + hashlib.md5(p.encode()).hexdigest() for p in place]
-    return Path(cfg.out, method(cfg), *place)
+    plain = [re.sub(r"[^\w.=+,-]+", "-", part).strip("-.")[:110] for part in (cfg.dataset, name)]
+    digest = "-" + hashlib.md5(f"{cfg.dataset}/{name}".encode()).hexdigest()[:8]
+    return Path(cfg.out, method(cfg), plain[0], plain[1] + digest * (plain != [cfg.dataset, name]))
 
 
 def method(cfg):
@@ -573,7 +573,7 @@ def step(loss, optimizer, times=1):
 def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     """Yields the epochs still to be trained; keeps a checkpoint after each and goes on from it;
     last, prompt.safetensors: the learnables and what they belong to, loaded where it exists.
-    Raises Error after an epoch that ends with a loss that is not finite."""
+    Raises Error after an epoch with a loss that is not finite (fp16: and stays so)."""
     folder, first, seconds = run_folder(cfg), 0, 0.0
     part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
     if cfg.load or final.exists():
@@ -586,7 +586,7 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         state = {k[9:]: {"momentum_buffer": t} for k, t in tensors.items() if "momentum." in k}
         state = {int(i): buffers for i, buffers in state.items()}
         optimizer.load_state_dict({"state": state, "param_groups": meta["groups"]})
-        scaler.load_state_dict(meta["scaler"])
+        scaler.load_state_dict(meta["scaler"] or scaler.state_dict())  # {} after fp32
         first, seconds, scheduler.last_epoch, optimizer.skipped = meta["progress"]
     write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
     sets = [d._replace(train=[], val=[], test=[]) for d in (data if type(data) is list else [data])]
@@ -597,8 +597,8 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         optimizer.losses, start = [], time.time()
         yield epoch
         losses = torch.stack(optimizer.losses).tolist()
-        if not math.isfinite(losses[-1]):
-            raise Error(f"the loss is {losses[-1]}: lower --lr, or try --precision fp32")
+        if (bad := [x for x in losses if not math.isfinite(x)]) and scaler.get_scale() <= 1:
+            raise Error(f"the loss is {bad[0]}: lower --lr, or try --precision fp32")
         bar.set_postfix(loss=f"{np.mean(losses):.3f}")
         seconds += time.time() - start
         tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
@@ -737,7 +737,7 @@ def _run_one(cfg, train, images, tasks, per_class):
     tiny = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
     model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
 
-    known = restore(cfg)[1]["data"] if cfg.load else []
+    known = restore(cfg)[1]["data"] if cfg.load or cfg.predict or cfg.interpret else []
     if cfg.predict or cfg.interpret:
         from tests import ask
 
@@ -752,7 +752,7 @@ def _run_one(cfg, train, images, tasks, per_class):
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     if cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
-    own = str(folder if cfg.load else folder.relative_to(cfg.out)), model
+    own = os.path.relpath(folder, cfg.out), model
     rows = [] if cfg.force else [r for r in records(path) if (r["run"], r["model"]) == own]
     rows = {(r["evaluated_on"], r["classes"]): r for r in rows}
     new = {key: d for key, d in todo.items() if key not in rows}
