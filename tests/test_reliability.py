@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
+import coop
 from tests import report
 from tests.miniatures import (
     child,
@@ -331,3 +332,20 @@ def test_two_files_copied_to_an_empty_folder_train_on_a_folder_of_images(tmp_pat
     assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {
         *("coop.py", "common.py", "my images", "clip", "runs")
     }
+
+
+def test_a_question_without_a_run_is_one_line(flags, tmp_path, capsys):
+    for question in ["--predict", "x.png"], ["--interpret"]:
+        assert "no prompt file" in refusal(capsys, run_coop, *flags, *question, "--out", tmp_path)
+
+
+def test_names_that_differ_only_in_signs_have_folders_of_their_own():
+    folders = {common.run_folder(coop.Config(init=i)) for i in ("a b", "a-b", "a b.", "a_b")}
+    assert len(folders) == 4
+
+
+def test_a_loaded_run_is_recorded_as_the_run_itself(flags, tmp_path):
+    run_coop(*flags, "--epochs", 1, "--out", tmp_path)
+    folder = next(tmp_path.rglob("prompt.safetensors")).parent
+    run_coop(*flags, "--load", folder, "--out", tmp_path, "--force")
+    assert len({row["run"] for row in records(tmp_path)}) == 1
