@@ -15,6 +15,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -39,6 +40,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from timm.data import ImageNetInfo
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as vision
 from tqdm import tqdm
@@ -78,10 +80,11 @@ TEMPLATES = {  # CoOp's CUSTOM_TEMPLATES (trainers/zsclip.py); PHOTO for the oth
     "ucf101": "a photo of a person doing {}.",
 }
 SEVEN = [t("{}") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # CoOp's ensemble
-IMAGE_TYPES = set(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+IMAGES = tuple(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as Dassl
 PARTS = "train", "val", "test"
+SCORES = ("zero_shot", "zero_shot_mean_class"), ("accuracy", "mean_class_accuracy")  # percent
 Dataset = namedtuple("Dataset", "name train val test classnames template")
 Names = namedtuple("Names", "sos tail eot length")
 
@@ -112,7 +115,7 @@ class Config:
     shard: str = ""  # i/n: only every n-th run of the grid, from the i-th (1 to n)
     force: bool = False  # redo finished runs
     load: str = ""  # folder of a finished run: evaluate or ask it, train nothing
-    predict: str = ""  # with --load: comma list of images or folders to classify
+    predict: str = ""  # with --load: images or folders to classify
     names: str = ""  # with --predict: comma list of class names to choose from
     json: bool = False  # with --predict: one JSON line per image
     interpret: bool = False  # with --load: the words nearest to each learned text vector
@@ -138,6 +141,8 @@ def cli(cls, argv=None):
             kind = {"choices": choices}
         elif field.name in ("shots", "seed"):
             kind = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,.."}
+        elif field.name == "predict":
+            kind = {"nargs": "+", "metavar": "PATH"}
         note = notes.get(field.name, "").replace("%", "%%") + f" [{field.default}]"
         parser.add_argument(f"--{field.name}", default=field.default, help=note, **kind)
     return cls(**vars(parser.parse_args(argv)))
@@ -163,6 +168,11 @@ def run_folder(cfg):
 
 def method(cfg):
     return Path(inspect.getfile(type(cfg))).stem
+
+
+def tool(name):
+    """tests/<name>.py: what no number depends on stays out of this file."""
+    return importlib.import_module(f"tests.{name}")
 
 
 @functools.lru_cache(1)
@@ -205,17 +215,19 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     return clip.to(device)
 
 
-def _block(block, x, attend, rows=None):
-    """One frozen pre-LN block on x (..., d); attend(q, kv): the attention of q to kv (..., 2d).
-    rows: index of those wanted (None: all). Returns their output and the keys and values of x."""
+def _block(block, x, attend):
+    """A frozen pre-LN block on x (..., d); attend(q, kv): attention of q to kv (..., 2d). Returns
+    out(rows), its output at an index of x, so that only the rows in use are computed, and kv."""
     attn, d = block.attn, x.shape[-1]
     y = block.ln_1(x)
     kv = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:])
-    if rows is not None:
-        x, y = x[rows], y[rows]
-    q = F.linear(y, attn.in_proj_weight[:d], attn.in_proj_bias[:d])
-    x = x + block.ls_1(attn.out_proj(attend(q, kv, heads=attn.num_heads)))
-    return x + block.ls_2(block.mlp(block.ln_2(x))), kv
+
+    def out(rows):
+        q = F.linear(y[rows], attn.in_proj_weight[:d], attn.in_proj_bias[:d])
+        z = x[rows] + block.ls_1(attn.out_proj(attend(q, kv, heads=attn.num_heads)))
+        return z + block.ls_2(block.mlp(block.ln_2(z)))
+
+    return out, kv
 
 
 def attention(q, kv, heads, mask=None):
@@ -248,22 +260,21 @@ def encode_text(clip, prefix, suffix, eot, group=None):
         return torch.cat(done)
 
     with torch.autocast(suffix.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
-        x = prefix + clip.positional_embedding[:P]
+        out = (prefix + clip.positional_embedding[:P]).__getitem__
         y = (suffix[order, : sizes[-1]] + clip.positional_embedding[P : len(place)])[keep]  # (n, d)
         for block in blocks:
-            x, past = _block(block, x, functools.partial(attention, mask=causal[:P, :P]))
+            out, past = _block(block, out(...), functools.partial(attention, mask=causal[:P, :P]))
             past = past[:1].expand(K, -1, -1) if G == 1 or group is None else past[group[order]]
-            rows = length.cumsum(0) - 1 if block is blocks[-1] else None  # there only the EOTs
-            y, _ = _block(block, y, functools.partial(attend, past=past), rows)
+            rows = length.cumsum(0) - 1 if block is blocks[-1] else ...  # there only the EOTs
+            y = _block(block, y, functools.partial(attend, past=past))[0](rows)
         return (clip.ln_final(y) @ clip.text_projection).float()[order.argsort()]
 
 
 def encode_image(clip, images, prompts=None, patches=False):
     """Image features, with prompt rows from one hook: prompts(i, tokens) is asked before block i,
     and at i = -1 before ln_pre, with the (B, 1 + N, d) tokens that are not prompts. The (P, d) or
-    (B, P, d) rows it returns replace the prompt rows, None keeps them; they stand at the end, where
-    attention does not mind. images (B, 3, H, W), normalised. Returns (B, D) fp32 features, as
-    clip.encode_image, and with patches=True also (B, N, D). Raises Error for a ResNet."""
+    (B, P, d) rows it returns replace the prompt rows, at the end; None keeps them. images: (B, 3,
+    H, W). Returns (B, D) fp32 features, patches=True: also (B, N, D). Raises Error for a ResNet."""
     visual = clip.visual
     with torch.autocast(images.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         if not hasattr(visual, "transformer"):
@@ -273,19 +284,17 @@ def encode_image(clip, images, prompts=None, patches=False):
         x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
         x, count = x + visual.positional_embedding, x.shape[1]
-
-        def ask(i, x):
-            rows = prompts and prompts(i, x[:, :count])
-            if rows is None:
-                return x
-            return torch.cat([x[:, :count], rows.expand(len(x), -1, -1).to(x.dtype)], 1)
-
-        x, blocks = visual.ln_pre(ask(-1, x)), visual.transformer.resblocks
-        for i, block in enumerate(blocks):
-            rows = None if patches or block is not blocks[-1] else np.s_[:, :1]  # class token
-            x, _ = _block(block, ask(i, x), attention, rows)
-        x = (visual.ln_post(x[:, :count]) @ visual.proj).float()
-    return (x[:, 0], x[:, 1:]) if patches else x[:, 0]
+        out = x.__getitem__
+        for i, block in enumerate([visual.ln_pre, *visual.transformer.resblocks], -1):
+            tokens = out(np.s_[:, :count])
+            stay = (rows := prompts and prompts(i, tokens)) is None
+            rows = out(np.s_[:, count:]) if stay else rows.expand(len(x), -1, -1).to(x.dtype)
+            x = torch.cat([tokens, rows], 1) if rows.shape[1] else tokens
+            out = _block(block, x, attention)[0] if i >= 0 else block(x).__getitem__
+            if stay and block is not visual.transformer.resblocks[-1]:
+                out = out(...).__getitem__  # they may stay again: computed with the tokens
+        x = visual.ln_post(out(np.s_[:, : count if patches else 1])) @ visual.proj
+    return (x[:, 0].float(), x[:, 1:].float()) if patches else x[:, 0].float()
 
 
 def unit_features(clip, images):
@@ -323,7 +332,7 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
     behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
     prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx[:, : M - behind]], 1)
     if behind:
-        rows = [0] * len(suffix) if group is None else group
+        rows = [0] * len(suffix) if group is None or len(ctx) == 1 else group
         suffix = torch.cat([ctx[rows, M - behind :], suffix], 1)  # V, name, rest; to be ordered
         j, n = torch.arange(suffix.shape[1], device=ctx.device), names.length[:, None]
         order = torch.where(j < n, j + behind, torch.where(j < n + behind, j - n, j))
@@ -341,7 +350,7 @@ def load_dataset(name, root="data", fetch=False):
         if not folder.is_dir():
             known = [*TABLE, *(shapes.TASKS if shapes else ())]
             near = ", ".join(difflib.get_close_matches(name, known, 3, 0.4) or known)
-            raise Error(f"no data set or folder {name!r}; known: {near}")
+            raise Error(f"no data set or folder {name!r}; there is {near}")
         title, template = (name, task.template) if task else (folder.resolve().name, PHOTO)
         return _checked(title, _from_folders(folder), template, folder)
     folder, images, reader, *blob = TABLE[name]
@@ -349,15 +358,11 @@ def load_dataset(name, root="data", fetch=False):
     split, images = folder / f"split_zhou_{reader}.json", folder / images
     source = split if blob else folder
     if fetch:
-        from tests.download import download
-
-        download(name, root)
+        tool("download").download(name, root)
     if not (images / ("cars_train" if name == "stanford_cars" else "")).is_dir():
         raise Error(f"no {images}; --download fetches it (imagenet's train/, val/: image-net.org)")
     if blob and not split.exists():
-        from tests.download import fetch_split
-
-        fetch_split(split, *blob)
+        tool("download").fetch_split(split, *blob)
     try:
         if blob:
             parts = json.loads(split.read_text("utf-8"))
@@ -386,24 +391,17 @@ def _checked(name, splits, template, source):
         raise Error(f"{source}: fewer than two classes; nothing to tell apart")
     if missing := sorted(set(range(max(names) + 1)) - trained):
         raise Error(f"{source}: class {names.get(missing[0], missing[0])!r} has no training image")
-    first = (splits[0] or splits[2])[0][0]
-    if not Path(first).is_file():
-        raise Error(f"{source} names {first}, which is not there; is the download whole?")
     return Dataset(name, *splits, [names[label] for label in sorted(names)], template)
 
 
 def listed(folder, folders=False):
     """Sorted names of the images (or folders) in folder, stray and hidden ones left out."""
-    found = [e for e in (os.scandir(folder) if folder.is_dir() else ()) if e.name[0] != "."]
-    if folders:
-        return sorted(e.name for e in found if e.is_dir())
-    return sorted(e.name for e in found if Path(e.name).suffix.lower() in IMAGE_TYPES)
+    found = sorted(n for n in (os.listdir(folder) if folder.is_dir() else ()) if n[0] != ".")
+    return [n for n in found if ((folder / n).is_dir() if folders else n.lower().endswith(IMAGES))]
 
 
 def _from_wnids(name, images):
     """By WordNet folder (V2: by label), sorted; CoOp's listing was not, so its picks varied."""
-    from timm.data import ImageNetInfo
-
     keys = ImageNetInfo().label_names() if name != "imagenetv2" else map(str, range(1000))
     title = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
     splits = [[], [], []]
@@ -457,6 +455,13 @@ def subset_classes(dataset, half):
     new = {label: i for i, label in enumerate(labels[:m] if half == "base" else labels[m:])}
     parts = [[(path, new[y], c) for path, y, c in items if y in new] for items in dataset[1:4]]
     return Dataset(dataset.name, *parts, [dataset.classnames[y] for y in new], dataset.template)
+
+
+def digest(items):
+    """Hash of labels, class names, and the files' names and sizes (tensors: their sums)."""
+    sizes = [x.sum().item() if torch.is_tensor(x) else os.path.getsize(x) for x, *_ in items]
+    names = [(os.path.basename(str(x)), *label) for x, *label in items]
+    return hashlib.md5(repr((sizes, names)).encode()).hexdigest()
 
 
 def decode(picture):
@@ -576,21 +581,23 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     Raises Error after an epoch with a loss that is not finite (fp16: and stays so)."""
     folder, first, seconds = run_folder(cfg), 0, 0.0
     part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
-    if cfg.load or final.exists():
-        restore(cfg, clip, prompt)
-        return
+    sets, done = data if type(data) is list else [data], cfg.load or final.exists()
+    images = digest(items := sum((d.train for d in sets), []))
     fp16, device = clip.half_dtype is torch.float16, clip.logit_scale.device.type
     optimizer.scaler = scaler = torch.amp.GradScaler(device, enabled=fp16)
-    if part.exists():
-        tensors, meta = restore(cfg, clip, prompt, part)
-        state = {k[9:]: {"momentum_buffer": t} for k, t in tensors.items() if "momentum." in k}
-        state = {int(i): buffers for i, buffers in state.items()}
+    if done or part.exists():
+        tensors, meta = restore(cfg, clip, prompt, None if done else part)
+        if not cfg.load and meta.get("images", images) != images:
+            raise Error(f"{folder} was trained on other images or class names; --force redoes it")
+        if done:
+            return
+        state = {int(k[9:]): {"momentum_buffer": tensors[k]} for k in tensors if "momentum." in k}
         optimizer.load_state_dict({"state": state, "param_groups": meta["groups"]})
         scaler.load_state_dict(meta["scaler"] or scaler.state_dict())  # {} after fp32
         first, seconds, scheduler.last_epoch, optimizer.skipped = meta["progress"]
     write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
-    sets = [d._replace(train=[], val=[], test=[]) for d in (data if type(data) is list else [data])]
-    title = f"{method(cfg)} {cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
+    sets = [d._replace(train=[], val=[], test=[]) for d in sets]
+    title = f"{method(cfg)} {cfg.dataset} {cfg.shots} shots seed {cfg.seed}, {len(items)} images"
     bar = tqdm(range(first, epochs), title, epochs, initial=first, unit="epoch")
     for epoch in bar:
         torch.manual_seed(hash((cfg.seed, epoch)) % 2**63)  # for dropout and class sampling
@@ -605,8 +612,9 @@ def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         for i, buffers in state["state"].items() if not last else ():
             tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
         meta = {"method": method(cfg), "fingerprint": clip.fingerprint, "config": vars(cfg)}
-        meta |= {"data": sets, "groups": state["param_groups"], "scaler": scaler.state_dict()}
+        meta |= {"data": sets, "images": images, "groups": state["param_groups"]}
         meta["progress"] = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
+        meta["scaler"] = scaler.state_dict()
         write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
     part.unlink(missing_ok=True)
     if optimizer.skipped:
@@ -624,7 +632,7 @@ def restore(cfg, clip=None, prompt=None, path=None):
         meta["data"] = [Dataset(*d) for d in meta["data"]]
         tensors, owner, weights = load_file(path), meta["method"], meta["fingerprint"]
     except Exception as problem:  # safetensors raises kinds of its own
-        raise Error(f"{path} is no prompt file of ours: {problem}") from None
+        raise Error(f"{path} is no finished run of ours: {problem}") from None
     if owner != method(cfg):
         raise Error(f"{path} belongs to {owner}.py, not to {method(cfg)}.py")
     if clip and weights != clip.fingerprint:
@@ -651,17 +659,13 @@ def write(path, content):
 def test_pictures(cfg, items):
     """Yields the items' decoded pictures, TEST_BATCH at a time, with a progress bar."""
     groups = [[i[0] for i in items[k : k + TEST_BATCH]] for k in range(0, len(items), TEST_BATCH)]
-    groups = tqdm(groups, "test images", leave=False, disable=len(groups) < 10)
-    return decoded(ThreadPoolExecutor(cfg.workers), groups)
+    return decoded(ThreadPoolExecutor(cfg.workers), tqdm(groups, "test images", leave=False))
 
 
 def frozen_features(cfg, clip, items):
     """(n, D) unit features of the items' test views, kept below --out for as long as weights,
     precision, preprocessing and every file (size, time) stay the same. Raises Error."""
-    try:
-        files = [(os.path.abspath(i[0]), *os.stat(i[0])[6:9:2]) for i in items]
-    except OSError as problem:
-        raise Error(f"missing image {problem.filename}; is the download whole?") from None
+    files = [(os.path.abspath(i[0]), *os.stat(i[0])[6:9:2]) for i in items]
     key = [clip.fingerprint, str(clip.half_dtype), str(clip.visual.preprocess_cfg), files]
     path = Path(cfg.out, "features", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32])
     with contextlib.suppress(Exception):  # absent, or broken by a full disk: computed anew
@@ -699,15 +703,16 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
         names = [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")
         lists = ([v] if type(v) is int else v for v in (cfg.shots, cfg.seed))
         grid = list(itertools.product(names, *lists))
-        if cfg.shard:
-            i, _, n = cfg.shard.partition("/")
-            if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-                raise Error(f"--shard {cfg.shard}: must be i/n with 1 <= i <= n")
-            grid = grid[int(i) - 1 :: int(n)]
-        for dataset, shots, seed in grid:
+        shard = re.fullmatch(r"([1-9]\d*)/(\d+)", cfg.shard or "1/1")
+        i, n = map(int, shard.groups()) if shard else (1, 0)
+        if i > n:
+            raise Error(f"--shard {cfg.shard}: must be i/n with 1 <= i <= n")
+        for dataset, shots, seed in grid[i - 1 :: n]:
             one = dataclasses.replace(cfg, dataset=dataset, shots=shots, seed=seed)
             accuracy = _run_one(one, train, images, tasks, per_class)
-        return accuracy if grid else None
+        return accuracy if grid[i - 1 :: n] else None
+    except FileNotFoundError as problem:
+        stop(f"{problem.filename} is missing; is the download whole?")
     except (Error, OSError) as problem:  # OSError: a full disk, a folder that may not be written
         stop(problem)
     except ModuleNotFoundError as problem:
@@ -716,33 +721,30 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
 
 def records(path):
     """The rows of a results.jsonl, an empty list where there is none. Raises Error."""
+    keys = [*"run method model shots evaluated_on classes train_seconds config".split(), *SCORES[1]]
     try:
         rows = [json.loads(line) for line in path.open()] if path.exists() else []
-        keys = "run method model shots evaluated_on classes accuracy mean_class_accuracy zero_shot"
-        if not all(row.keys() >= {*keys.split(), "train_seconds", "config"} for row in rows):
-            raise ValueError("a field is missing")
-        return rows
-    except (ValueError, AttributeError) as problem:
+        return [{key: row[key] for key in [*keys, *SCORES[0]]} | row for row in rows]
+    except (ValueError, LookupError, TypeError) as problem:
         raise Error(f"{path} holds a line that is no record ({problem}); mend or move it") from None
 
 
-def _run_one(cfg, train, images, tasks, per_class):
+def _run_one(cfg, train, pictures, tasks, per_class):
     for name, value in vars(cfg).items():  # batch_size and workers are at least 1
         if type(value) in (int, float) and not (name in ("batch_size", "workers")) <= value < 1e9:
             raise Error(f"--{name} {value} is out of range")
+    asked = cfg.predict or cfg.names or cfg.json or cfg.interpret
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    tiny = shapes and cfg.dataset.split(",")[0] in shapes.TASKS and cfg.model == type(cfg).model
+    meta = restore(cfg)[1] if cfg.load or asked else {"data": []}
+    known, first = meta["data"], str(meta.get("config", vars(cfg))["dataset"]).split(",")[0]
+    tiny = shapes and first in shapes.TASKS and cfg.model == type(cfg).model
     model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
-
-    known = restore(cfg)[1]["data"] if cfg.load or cfg.predict or cfg.interpret else []
-    if cfg.predict or cfg.interpret:
-        from tests import ask
-
+    if asked:
         clip = load_clip(model, cfg.pretrained, device, precision)
-        return ask.ask(cfg, known, images, clip, *train(cfg, clip, known if tasks else known[0]))
+        return tool("ask").ask(cfg, clip, train, known if tasks else known[0], pictures)
     sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data, cfg.download)]
     sets = [sample_few_shot(d, cfg.shots, cfg.seed) for d in sets]
     halves = ["base", "new"] if cfg.classes == "base" else ["all"]
@@ -750,41 +752,41 @@ def _run_one(cfg, train, images, tasks, per_class):
     other = [load_dataset(t, cfg.data, cfg.download) for t in cfg.transfer.split(",") if t]
     todo = parts | {(d.name, "all"): d for d in other}
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
-    if cfg.force and not cfg.load:
+    if redo := cfg.force and not cfg.load:
         shutil.rmtree(folder, ignore_errors=True)
-    own = os.path.relpath(folder, cfg.out), model
-    rows = [] if cfg.force else [r for r in records(path) if (r["run"], r["model"]) == own]
-    rows = {(r["evaluated_on"], r["classes"]): r for r in rows}
-    new = {key: d for key, d in todo.items() if key not in rows}
+    own = {"run": os.path.relpath(folder, cfg.out), "method": method(cfg), "model": model}
+    rows = {(r["evaluated_on"], r["classes"]): r for r in records(path) if own.items() <= r.items()}
+    images = {k: digest(sum((e.train for e in sets), d.test)) for k, d in todo.items()}
+    new = {k: d for k, d in todo.items() if cfg.force or rows.get(k, {}).get("images") != images[k]}
     if new:
         clip = load_clip(model, cfg.pretrained, device, precision)
         known = known or [parts[d.name, halves[0]] for d in sets]
         prompt, predictor = train(cfg, clip, known if tasks else known[0])
         git = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
         commit = subprocess.run("git rev-parse --short HEAD", check=False, **git).stdout.strip()
-        record = {name: getattr(cfg, name) for name in ("dataset", "shots", "seed", "pretrained")}
-        record |= {"method": method(cfg), "model": model, "device": device, "precision": precision}
-        record |= {"official": getattr(cfg, "official", False), "config": vars(cfg)}
+        record = own | {n: getattr(cfg, n, False) for n in ("dataset", "shots", "seed", "official")}
+        record |= {"pretrained": cfg.pretrained, "device": device, "precision": precision}
         record |= {"torch": torch.__version__, "open_clip": open_clip.__version__, "commit": commit}
-        record |= {"run": own[0], "train_seconds": restore(cfg)[1]["progress"][1] if prompt else 0}
+        record["train_seconds"] = restore(cfg)[1]["progress"][1] if prompt else 0
         for (name, half), d in new.items():
             start, labels = time.time(), torch.tensor([item[1] for item in d.test])
-            overall, mean = evaluate(classify(cfg, clip, d.test, predictor(d), images), labels)
+            got = classify(cfg, clip, d.test, predictor(d), pictures)
             row = {"eval_seconds": time.time() - start, "evaluated_on": name, "classes": half}
-            row |= {"accuracy": overall, "mean_class_accuracy": mean, "n_test": len(labels)}
             zero = frozen_features(cfg, clip, d.test) @ zero_shot_weights(clip, d)[:, 0].T
-            overall, mean = evaluate(zero.cpu(), labels)
-            row |= {"zero_shot": overall, "zero_shot_mean_class": mean}
+            for keys, scores in zip(SCORES, (zero.cpu(), got), strict=True):
+                row |= zip(keys, evaluate(scores, labels), strict=True)
+            row |= {"n_test": len(labels), "images": images[name, half], "config": vars(cfg)}
             row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20}
             rows[name, half] = record | row | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with open(path.with_suffix(".lock"), "w") as lock:  # two processes lose nothing
             fcntl.flock(lock, fcntl.LOCK_EX)
-            lines = [json.dumps(row) + "\n" for row in [*records(path), *map(rows.get, new)]]
+            kept = [r for r in records(path) if not (redo and own.items() <= r.items())]
+            lines = [json.dumps(row) + "\n" for row in [*kept, *map(rows.get, new)]]
             write(path, "".join(lines).encode())
     for r in (rows[d.name, "all"] for d in other):
         print(f"  on {r['evaluated_on']}: {r['accuracy']:.2f}, zero-shot {r['zero_shot']:.2f}")
     lines = []
-    for keys in ("zero_shot", "zero_shot_mean_class"), ("accuracy", "mean_class_accuracy"):
+    for keys in SCORES:
         a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
         b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
         lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
@@ -795,6 +797,4 @@ def _run_one(cfg, train, images, tasks, per_class):
 
 
 if __name__ == "__main__":
-    from tests import report, zero_shot
-
-    (report if sys.argv[1:2] == ["report"] else zero_shot).main()
+    tool("report" if sys.argv[1:2] == ["report"] else "zero_shot").main()

@@ -219,6 +219,7 @@ def draw_attention(cfg, clip, images, maps, top, logits, names, shown=3, pixels=
             )
             draw.text((corner[0] + 4, corner[1] + 2), names[classes[k]].replace("_", " "), "black")
     sheet.save(cfg.attention, "PNG")
+    print(f"{cfg.attention}: each image, then its likeliest classes, red where their prompts look")
 
 
 def main(cfg):

@@ -17,7 +17,7 @@ Deviations from the official code, and its quirks that we keep:
  4. General-10 on CoOp's split files, because the release's are not public, with task names of ours:
     numbers compare only roughly. RS-8's members are not public; a comma list of folders serves it.
  5. Kept: f_t and f_c are not normalised, W has no bias, tasks are not re-weighted.
- 6. Learnables in fp32. Plant-6 keeps its train/ and test/, which the release mixes.
+ 6. Learnables in fp32. Plant-6's train/ and test/ are not mixed; PlantVillage's template is plain.
 """
 
 import math
@@ -69,7 +69,7 @@ class Config(common.Config):
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context of the task's name
     class_n_ctx: int = 4  # n, learned context of the class name (variants C*)
-    class_rate: float = 1.0  # rho, share of negatives per step (C*; release: 0.1 on General-10)
+    class_rate: float = 0.0  # rho, share of negatives per step (C*); 0 = General-10: 0.1, else 1
     official: bool = False  # the release's repeated steps
     views: int = 0  # epochs of augmented views to encode and reuse; 0 = new views every epoch
     task: str = ""  # with --predict: the data set whose classes to choose from
@@ -94,8 +94,7 @@ class SoftContext(nn.Module):
             return
         self.task_ctx = context(tasks if cfg.variant.endswith("TS") else 1, cfg.task_n_ctx)
         if self.per_class:
-            specific = cfg.variant.startswith("CS")
-            self.class_ctx = context(classes if specific else 1, cfg.class_n_ctx)
+            self.class_ctx = context(classes if cfg.variant[:2] == "CS" else 1, cfg.class_n_ctx)
         self.meta = nn.Linear(D * (1 + self.per_class), cfg.n_ctx * d_t, bias=False)
         nn.init.normal_(self.meta.weight, std=0.02)
 
@@ -153,6 +152,7 @@ def train(cfg, clip, data):
     union = [(path, label + start, c) for d, start in pairs for path, label, c in d.train]
     prompt = SoftContext(cfg, d_t, D, len(data), len(column_task)).to(device)
     epochs = cfg.epochs or EPOCHS
+    rate = cfg.class_rate or (0.1 if cfg.dataset == "general10" else 1)
     optimizer, scheduler = common.sgd_cosine(prompt.parameters(), cfg.lr, epochs)
     times = 3 + prompt.per_class if cfg.official and not prompt.baseline else 1  # registrations
     batches = common.loader(cfg, clip, data[0]._replace(train=union), frozen=True, repeat=cfg.views)
@@ -167,8 +167,8 @@ def train(cfg, clip, data):
     for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
         for f, labels in batches(epoch):
             columns, chosen = all_columns, names
-            if prompt.per_class and cfg.class_rate < 1:
-                columns = sample_classes(labels, column_task, cfg.class_rate)
+            if prompt.per_class and rate < 1:
+                columns = sample_classes(labels, column_task, rate)
                 chosen = [common.Names(n.sos, *(x[columns] for x in n[1:])) for n in names]
             of = column_task[columns]
             w = text_features(clip, prompt, titles, task_rows, chosen, columns, of)

@@ -1,6 +1,7 @@
 """Questions to a trained prompt: --predict, --names, --interpret. Nothing here moves a number."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -12,45 +13,73 @@ SHOWN = 5  # classes per image
 NEAREST = 3  # words per vector
 
 
-def ask(cfg, known, images, clip, prompt, predictor):
-    """Answers cfg.predict or cfg.interpret for a loaded run.
+def ask(cfg, clip, train, known, images):
+    """Answers cfg.predict or cfg.interpret for a finished run, which train(cfg, clip, known) loads.
 
-    known: the data sets (or tasks) it was trained on, as names; images: whether the predictor looks
-    at pictures. Prints the answers and returns them. Raises Error.
+    known: the data set (or list of tasks) it was trained on, as names; images: whether its
+    predictor looks at pictures. Prints the answers and returns them. Raises Error.
     """
+    if not (cfg.predict or cfg.interpret):
+        raise common.Error("--names and --json go with --predict")
+    files = found([cfg.predict] if isinstance(cfg.predict, str) else cfg.predict)
+    prompt, predictor = train(cfg, clip, known)
     prompt.eval()
-    return (
-        interpret(clip, prompt) if cfg.interpret else predict(cfg, known, images, clip, predictor)
-    )
+    if cfg.interpret:
+        return interpret(clip, prompt)
+    dataset = labels(cfg, known if isinstance(known, list) else [known])
+    return predict(cfg, clip, predictor, dataset, files, images)
 
 
-def predict(cfg, known, images, clip, predictor):
-    """Prints the SHOWN most probable classes of each image; a list of dicts."""
+def found(places):
+    """The image files named, and those in and below the folders named. Raises Error for neither."""
+    files = []
+    for place in filter(None, places):
+        below = sorted(
+            path
+            for path in Path(place).rglob("*")
+            if path.suffix.lower() in common.IMAGES and not path.name.startswith(".")
+        )
+        if not below and not Path(place).is_file():
+            raise common.Error(f"--predict {place}: no image there; separate several by spaces")
+        files += [str(path) for path in below] or [place]
+    return files
+
+
+def labels(cfg, known):
+    """The data set whose class names are asked for: --names, or those learned. Raises Error."""
     task = getattr(cfg, "task", "")
     chosen = [d for d in known if not task or d.name == task]
     if not chosen:
         raise common.Error(f"--task {task!r}: this run learned {', '.join(d.name for d in known)}")
-    dataset = chosen[0]
-    if cfg.names:
-        names = [name.strip() for name in cfg.names.split(",") if name.strip()]
-        dataset = dataset._replace(classnames=names)
-    if len(dataset.classnames) < 2:
+    if not cfg.names:
+        return chosen[0]
+    names = [name.strip() for name in cfg.names.split(",") if name.strip()]
+    if len(names) < 2:
         raise common.Error("--names needs at least two class names, separated by commas")
-    files = []
-    for place in cfg.predict.split(","):
-        found = [f"{place}/{name}" for name in common.listed(Path(place))]
-        if not found and not Path(place).is_file():
-            raise common.Error(f"--predict {place}: no image there")
-        files += found or [place]
-    items = [(file, 0, "") for file in files]
-    logits = common.classify(cfg, clip, items, predictor(dataset), images)
+    return chosen[0]._replace(classnames=names)
+
+
+def predict(cfg, clip, predictor, dataset, files, images):
+    """Prints the SHOWN most probable classes of each image; a list of dicts. An image that cannot
+    be read is named on stderr while the others are answered, and the last line says how many."""
+    readable = []
+    for file in files:
+        try:
+            common.decode(file)
+            readable.append((file, 0, ""))
+        except common.Error as problem:
+            print(f"error: {problem}", file=sys.stderr)
     answers = []
-    for file, p in zip(files, F.softmax(logits, dim=-1), strict=True):
-        top = p.topk(min(SHOWN, len(p)))
-        names = [dataset.classnames[k] for k in top.indices]
-        answers.append({"image": file, "classes": names, "probabilities": top.values.tolist()})
-        pairs = [f"{n} {v:.1%}" for n, v in zip(names, top.values.tolist(), strict=True)]
-        print(json.dumps(answers[-1]) if cfg.json else f"{file}: {', '.join(pairs)}")
+    if readable:
+        logits = common.classify(cfg, clip, readable, predictor(dataset), images)
+        for (file, *_), p in zip(readable, F.softmax(logits, dim=-1), strict=True):
+            top = p.topk(min(SHOWN, len(p)))
+            names = [dataset.classnames[k] for k in top.indices]
+            answers.append({"image": file, "classes": names, "probabilities": top.values.tolist()})
+            pairs = [f"{n} {v:.1%}" for n, v in zip(names, top.values.tolist(), strict=True)]
+            print(json.dumps(answers[-1]) if cfg.json else f"{file}: {', '.join(pairs)}")
+    if bad := len(files) - len(readable):
+        raise common.Error(f"{bad} of {len(files)} images could not be read")
     return answers
 
 

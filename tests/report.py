@@ -28,7 +28,7 @@ def read(out):
         options = re.sub(r"^\d+shots_seed\d+(_classes=base)?", "", Path(row["run"]).name)
         row["label"] = " ".join([row["method"], *filter(None, options.split("_", 1)[1:])])
         mean = row["method"] == "softcpt" and softcpt.scored_per_class(row["evaluated_on"])
-        row["value"] = row["mean_class_accuracy" if mean else "accuracy"]
+        row["per_class"], (row["zero"], row["value"]) = mean, (row[s[mean]] for s in common.SCORES)
         row["transferred"] = row["evaluated_on"] in row["config"]["transfer"].split(",")
         rows[row["run"], row["evaluated_on"], row["classes"]] = row
     return sorted(
@@ -41,7 +41,7 @@ def grouped(rows):
     """{label: {data set: [value per seed]}} with zero-shot CLIP first."""
     table = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        table["zero-shot"][row["evaluated_on"]] = [row["zero_shot"]]
+        table["zero-shot"].setdefault(row["evaluated_on"], [row["zero"]])
         if row["method"] != "zero_shot":
             table[row["label"]][row["evaluated_on"]].append(row["value"])
     return table
@@ -74,18 +74,23 @@ def accuracy_table(rows):
 
 
 def base_new_table(rows):
-    """base / new / H per data set; the last column from the averaged base and new."""
+    """Base, new and H, the harmonic mean of their means, of each data set; last the averages."""
     names = sorted({row["evaluated_on"] for row in rows})
     halves = {half: grouped([r for r in rows if r["classes"] == half]) for half in ("base", "new")}
     body = []
     for label in halves["base"]:
-        pairs = [
-            [np.mean(halves[h][label][n]) if halves[h][label][n] else np.nan for h in halves]
-            for n in names
-        ]
-        pairs.append(np.mean(pairs, 0))
-        body.append([label] + [f"{b:.2f} / {n:.2f} / {2 * b * n / (b + n):.2f}" for b, n in pairs])
-    return markdown(["base / new / H", *names, "average"], body)
+        pairs = {n: [halves[half][label][n] for half in halves] for n in names}
+        for n in names:
+            if all(pairs[n]):
+                body.append([label, n, *map(cell, pairs[n]), harmonic(*map(np.mean, pairs[n]))])
+        if len(names) > 1 and all(all(pair) for pair in pairs.values()):
+            means = [np.mean([np.mean(pair[k]) for pair in pairs.values()]) for k in (0, 1)]
+            body.append([label, "average", *(f"{m:.2f}" for m in means), harmonic(*means)])
+    return markdown(["method", "data set", "base", "new", "H"], body)
+
+
+def harmonic(base, new):
+    return f"{2 * base * new / max(base + new, 1e-9):.2f}"
 
 
 def tables(rows):
@@ -105,6 +110,10 @@ def tables(rows):
             text.append(
                 f"{model}, {shots} shots of {source}, evaluated on\n\n{accuracy_table(moved)}"
             )
+    if apart := sorted({r["evaluated_on"] for r in rows if r["per_class"]}):
+        text.append(
+            f"SoftCPT's cells are means over the classes' accuracies on {', '.join(apart)}."
+        )
     return "\n\n".join(text)
 
 
@@ -122,7 +131,11 @@ def plot(rows, file):
         raise common.Error("--plot: no few-shot run is recorded yet")
     names = sorted({r["evaluated_on"] for r in rows})
     labels = list(dict.fromkeys(r["label"] for r in rows))
-    panels = [*names, "average"] if len(names) > 1 else names
+    reached = defaultdict(set)  # the average needs a run on every data set
+    for r in rows:
+        reached[r["label"], r["shots"], r["seed"]].add(r["evaluated_on"])
+    whole = len(names) > 1 and any(len(sets) == len(names) for sets in reached.values())
+    panels = [*names, "average"] if whole else names
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     size = (3.2 * columns + 2.4, 2.8 * lines)
@@ -131,7 +144,7 @@ def plot(rows, file):
         axis.remove()
     for axis, name in zip(axes.flat, panels, strict=False):
         wanted = names if name == "average" else [name]
-        zero = [np.mean([r["zero_shot"] for r in rows if r["evaluated_on"] == n]) for n in wanted]
+        zero = [next(r["zero"] for r in rows if r["evaluated_on"] == n) for n in wanted]
         axis.axhline(np.mean(zero), color="black", linestyle=":", label="zero-shot")
         for k, label in enumerate(labels):
             colour = plt.get_cmap("tab20")(k % 20)  # a method keeps its colour in every panel
@@ -141,13 +154,13 @@ def plot(rows, file):
                 for r in rows:
                     if r["label"] == label and r["shots"] == shots:
                         seeds[r["seed"]][r["evaluated_on"]] = r["value"]
-                whole = [
+                values = [
                     np.mean([s[n] for n in wanted])
                     for s in seeds.values()
                     if s.keys() >= set(wanted)
                 ]
-                if whole:
-                    points.append((shots, np.mean(whole), np.std(whole)))
+                if values:
+                    points.append((shots, np.mean(values), np.std(values)))
             if points:
                 x, mean, std = np.array(points).T
                 axis.plot(x, mean, marker="o", markersize=3, color=colour, label=label)
@@ -177,5 +190,6 @@ def main():
         print(tables(rows))
         if options.plot:
             plot(rows, options.plot)
+            print(f"\ndrawn: {options.plot}")
     except (common.Error, OSError) as problem:
         common.stop(problem)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import common
 import coop
 from tests import report
+from tests.conftest import toy
 from tests.miniatures import (
     child,
     killed_at,
@@ -336,7 +337,7 @@ def test_two_files_copied_to_an_empty_folder_train_on_a_folder_of_images(tmp_pat
 
 def test_a_question_without_a_run_is_one_line(flags, tmp_path, capsys):
     for question in ["--predict", "x.png"], ["--interpret"]:
-        assert "no prompt file" in refusal(capsys, run_coop, *flags, *question, "--out", tmp_path)
+        assert "no finished run" in refusal(capsys, run_coop, *flags, *question, "--out", tmp_path)
 
 
 def test_names_that_differ_only_in_signs_have_folders_of_their_own():
@@ -349,3 +350,103 @@ def test_a_loaded_run_is_recorded_as_the_run_itself(flags, tmp_path):
     folder = next(tmp_path.rglob("prompt.safetensors")).parent
     run_coop(*flags, "--load", folder, "--out", tmp_path, "--force")
     assert len({row["run"] for row in records(tmp_path)}) == 1
+
+
+# ---------------------------------------------------------------------------- changed data
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """(folder, flags) of a run on class folders with train/ and test/, two images in each."""
+    for part in "train", "test":
+        for label, c in enumerate(["cat", "dog"]):
+            for i in range(2):
+                picture(tmp_path / "mine" / part / c / f"{i}.png", label)
+    flags = ["--dataset", tmp_path / "mine", "--model", tiny_clip(tmp_path / "clip")]
+    return tmp_path / "mine", [*flags, "--shots", 0, "--out", tmp_path / "runs"]
+
+
+def change(kind, folder):
+    if kind == "a new photograph":
+        picture(folder / "train/cat/new.png", 0)
+    elif kind == "another photograph of the same name":
+        picture(folder / "train/cat/0.png", 0, (20, 20))
+    elif kind == "another label":
+        (folder / "train/cat/0.png").rename(folder / "train/dog/0b.png")
+    else:
+        for part in "train", "test":
+            (folder / part / "cat").rename(folder / part / "caterpillar")
+
+
+CHANGED = ["a new photograph", "another photograph of the same name", "another label", "a name"]
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.parametrize("stage", ["finished", "checkpoint"])
+def test_training_on_changed_data_is_refused_unless_forced(kind, stage, mine, tmp_path, capsys):
+    folder, flags = mine
+    run_coop(*flags)
+    (file,) = (tmp_path / "runs").rglob("prompt.safetensors")
+    before = file.read_bytes()
+    if stage == "checkpoint":
+        file = file.rename(file.with_name("checkpoint.safetensors"))
+        (tmp_path / "runs/results.jsonl").unlink()
+    change(kind, folder)
+    line = refusal(capsys, run_coop, *flags)
+    assert "other images or class names" in line and "--force" in line
+    assert file.read_bytes() == before
+    run_coop(*flags, "--force")
+    assert len(records(tmp_path / "runs")) == 1
+    run_coop(*flags)
+
+
+def test_changed_test_images_are_evaluated_anew_with_the_same_prompt(mine, tmp_path, monkeypatch):
+    folder, flags = mine
+    run_coop(*flags)
+    before = prompts(tmp_path / "runs")
+    picture(folder / "test/dog/new.png", 1)
+    run_coop(*flags)
+    assert [row["n_test"] for row in records(tmp_path / "runs")] == [4, 5]
+    monkeypatch.setattr(coop, "train", None)  # and is then finished again
+    run_coop(*flags)
+    assert str(prompts(tmp_path / "runs")) == str(before)
+
+
+def test_data_copied_elsewhere_is_the_same_data(mine, tmp_path, monkeypatch):
+    folder, flags = mine
+    monkeypatch.chdir(tmp_path)
+    flags[1] = "mine"
+    run_coop(*flags)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(folder, tmp_path / "other/mine")
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setattr(coop, "train", None)
+    run_coop(*flags)
+
+
+def test_force_takes_back_what_the_old_prompt_was_worth_elsewhere(flags, world, tmp_path):
+    elsewhere = ["--transfer", "shapes_negative"]
+    run_coop(*flags, *elsewhere, "--out", tmp_path)
+    run_coop(*flags, "--force", "--out", tmp_path)
+    assert [row["evaluated_on"] for row in records(tmp_path)] == ["shapes"]
+    run_coop(*flags, *elsewhere, "--out", tmp_path)
+    assert [row["evaluated_on"] for row in records(tmp_path)] == ["shapes", "shapes_negative"]
+
+
+def test_other_tensors_from_python_do_not_get_the_old_prompt(clip, tmp_path):
+    cfg = coop.Config(dataset="toy", epochs=1, n_ctx=2, out=str(tmp_path))
+    data = toy()
+    first, _ = coop.train(cfg, clip, data)
+    again, _ = coop.train(cfg, clip, data)
+    assert first.ctx.equal(again.ctx)
+    brighter = [(picture + 1, *label) for picture, *label in data.train]
+    with pytest.raises(common.Error, match="other images"):
+        coop.train(cfg, clip, data._replace(train=brighter))
+
+
+def test_another_label_set_keeps_the_clip_of_the_loaded_run(flags, mine, tmp_path):
+    run_coop(*flags, "--out", tmp_path / "shapes")
+    (file,) = (tmp_path / "shapes").rglob("prompt.safetensors")
+    command = ["--data", flags[1], "--out", tmp_path / "new", "--dataset", mine[0]]
+    run_coop(*command, "--load", file.parent)
+    assert records(tmp_path / "new")[0]["model"].endswith("shapes/clip")
