@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import torch
@@ -190,11 +191,12 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
         options["quick_gelu"] = tag.get("quick_gelu", False)
     try:
         torch.empty(0, device=device)
+        huggingface_hub.utils.logging.set_verbosity_error()  # instead of 40 lines of retries
         with warnings.catch_warnings(action="ignore"):
             clip = open_clip.create_model(model, **options)
         clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
     except Exception as problem:  # open_clip raises many kinds
-        raise Error(f"--model {model} on {device}: {problem}; or try --device cpu") from None
+        raise Error(f"{model}, {device}: {problem}; try --device cpu, --pretrained FILE") from None
     clip.requires_grad_(False).eval()
     try:  # the towers below must give the model's own features
         ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
@@ -283,8 +285,7 @@ def encode_image(clip, images, prompts=None, patches=False):
             return visual(images).float()
         x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
-        x, count = x + visual.positional_embedding, x.shape[1]
-        out = x.__getitem__
+        out, count = (x + visual.positional_embedding).__getitem__, x.shape[1]
         for i, block in enumerate([visual.ln_pre, *visual.transformer.resblocks], -1):
             tokens = out(np.s_[:, :count])
             stay = (rows := prompts and prompts(i, tokens)) is None
@@ -557,8 +558,7 @@ def sgd_cosine(groups, lr, epochs, warmup=1):
 
     factors = [functools.partial(rate, w=g["warmup"], top=g["lr"]) for g in groups]
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=5e-4)
-    optimizer.losses, optimizer.skipped = [], 0
-    optimizer.scaler = torch.amp.GradScaler(enabled=False)
+    vars(optimizer).update(losses=[], skipped=0, scaler=torch.amp.GradScaler(enabled=False))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 

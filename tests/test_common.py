@@ -147,6 +147,23 @@ def test_prompt_rows_join_stay_are_replaced_and_leave(odd, given):
         assert not b.numel() or close(a, b)
 
 
+def test_only_rows_in_use_are_computed_and_each_once(odd):
+    rows, images, counted = torch.randn(4, 48), torch.rand(2, 3, 32, 32), []
+    wanted = {"deep": 17, "shallow": 21}  # the class token, 16 patches and, if they stay, 4 prompts
+    hooks = {"deep": lambda i, x: rows if i >= 0 else None}
+    hooks["shallow"] = lambda i, x: rows if i == -1 else None
+    for kind, hook in hooks.items():
+        blocks = odd.visual.transformer.resblocks
+        handles = [
+            b.mlp.register_forward_hook(lambda m, x, y: counted.append(y.shape[1])) for b in blocks
+        ]
+        common.encode_image(odd, images, hook)
+        for handle in handles:
+            handle.remove()
+        assert counted == [wanted[kind]] * (len(blocks) - 1) + [1], kind
+        counted.clear()
+
+
 def test_a_hook_sees_the_tokens_that_enter_its_block(odd):
     seen, images = {}, torch.rand(2, 3, 32, 32)
     common.encode_image(odd, images, lambda i, tokens: seen.update({i: tokens}))
