@@ -577,8 +577,8 @@ def step(loss, optimizer, times=1):
 
 def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
     """Yields the epochs still to be trained; keeps a checkpoint after each and goes on from it;
-    last, prompt.safetensors: the learnables and what they belong to, loaded where it exists.
-    Raises Error after an epoch with a loss that is not finite (fp16: and stays so)."""
+    last, prompt.safetensors: the learnables and what they belong to, loaded where it exists. Raises
+    Error if those were other images, or after an epoch with a loss not finite (fp16: stays so)."""
     folder, first, seconds = run_folder(cfg), 0, 0.0
     part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
     sets, done = data if type(data) is list else [data], cfg.load or final.exists()
