@@ -133,7 +133,7 @@ def cli(cls, argv=None):
     notes = dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.M))
     form, about = argparse.RawDescriptionHelpFormatter, sys.modules[cls.__module__].__doc__
     parser = argparse.ArgumentParser(description=about, formatter_class=form, allow_abbrev=False)
-    parser.error = lambda message: stop(f"{message}; --help lists every option")
+    parser.error = lambda m: stop(f"{m}; --help lists every option".replace("<lambda>", "N,.."))
     for field in dataclasses.fields(cls):
         kind = {"type": field.type, "metavar": getattr(field.type, "__name__", "").upper()}
         if field.type is bool:
@@ -173,7 +173,10 @@ def method(cfg):
 
 def tool(name):
     """tests/<name>.py: what no number depends on stays out of this file."""
-    return importlib.import_module(f"tests.{name}")
+    try:
+        return importlib.import_module(f"tests.{name}")
+    except ModuleNotFoundError as problem:
+        stop(f"{problem}: this needs the repository's tests/ beside common.py")
 
 
 @functools.lru_cache(1)
@@ -196,7 +199,7 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
             clip = open_clip.create_model(model, **options)
         clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
     except Exception as problem:  # open_clip raises many kinds
-        raise Error(f"{model}, {device}: {problem}; try --device cpu, --pretrained FILE") from None
+        raise Error(f"--model {model}: {problem} (--device {device})") from None
     clip.requires_grad_(False).eval()
     try:  # the towers below must give the model's own features
         ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
@@ -292,7 +295,7 @@ def encode_image(clip, images, prompts=None, patches=False):
             rows = out(np.s_[:, count:]) if stay else rows.expand(len(x), -1, -1).to(x.dtype)
             x = torch.cat([tokens, rows], 1) if rows.shape[1] else tokens
             out = _block(block, x, attention)[0] if i >= 0 else block(x).__getitem__
-            if stay and block is not visual.transformer.resblocks[-1]:
+            if (stay or not rows.shape[1]) and block is not visual.transformer.resblocks[-1]:
                 out = out(...).__getitem__  # they may stay again: computed with the tokens
         x = visual.ln_post(out(np.s_[:, : count if patches else 1])) @ visual.proj
     return (x[:, 0].float(), x[:, 1:].float()) if patches else x[:, 0].float()
@@ -632,7 +635,7 @@ def restore(cfg, clip=None, prompt=None, path=None):
         meta["data"] = [Dataset(*d) for d in meta["data"]]
         tensors, owner, weights = load_file(path), meta["method"], meta["fingerprint"]
     except Exception as problem:  # safetensors raises kinds of its own
-        raise Error(f"{path} is no finished run of ours: {problem}") from None
+        raise Error(f"{path} is no finished run of ours, for --load to name: {problem}") from None
     if owner != method(cfg):
         raise Error(f"{path} belongs to {owner}.py, not to {method(cfg)}.py")
     if clip and weights != clip.fingerprint:
@@ -697,9 +700,9 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
     jointly; those of which per_class(name) holds count by mean per class."""
     try:
         if cfg.load:  # the options it was trained with, in place of those left at their defaults
-            saved = restore(cfg)[1]["config"]
+            old = restore(cfg)[1]["config"]
             unset = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) == f.default}
-            cfg = dataclasses.replace(cfg, **{name: saved[name] for name in unset - UPKEEP})
+            cfg = type(cfg)(**vars(cfg) | {n: old[n] for n in unset - UPKEEP | {"shots", "seed"}})
         names = [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")
         lists = ([v] if type(v) is int else v for v in (cfg.shots, cfg.seed))
         grid = list(itertools.product(names, *lists))
@@ -711,12 +714,8 @@ def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
             one = dataclasses.replace(cfg, dataset=dataset, shots=shots, seed=seed)
             accuracy = _run_one(one, train, images, tasks, per_class)
         return accuracy if grid[i - 1 :: n] else None
-    except FileNotFoundError as problem:
-        stop(f"{problem.filename} is missing; is the download whole?")
     except (Error, OSError) as problem:  # OSError: a full disk, a folder that may not be written
         stop(problem)
-    except ModuleNotFoundError as problem:
-        stop(f"{problem}: this needs the repository's tests/ beside common.py")
 
 
 def records(path):
@@ -738,7 +737,8 @@ def _run_one(cfg, train, pictures, tasks, per_class):
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    meta = restore(cfg)[1] if cfg.load or asked else {"data": []}
+    cfg = dataclasses.replace(cfg, load=cfg.load or (str(run_folder(cfg)) if asked else ""))
+    meta = restore(cfg)[1] if cfg.load else {"data": []}
     known, first = meta["data"], str(meta.get("config", vars(cfg))["dataset"]).split(",")[0]
     tiny = shapes and first in shapes.TASKS and cfg.model == type(cfg).model
     model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
@@ -752,22 +752,24 @@ def _run_one(cfg, train, pictures, tasks, per_class):
     other = [load_dataset(t, cfg.data, cfg.download) for t in cfg.transfer.split(",") if t]
     todo = parts | {(d.name, "all"): d for d in other}
     folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
-    if redo := cfg.force and not cfg.load:
-        shutil.rmtree(folder, ignore_errors=True)
     own = {"run": os.path.relpath(folder, cfg.out), "method": method(cfg), "model": model}
+    trained = (folder / "prompt.safetensors").exists()  # rows of another training do not count
+    own["train_seconds"] = restore(cfg)[1]["progress"][1] if trained else 0
     rows = {(r["evaluated_on"], r["classes"]): r for r in records(path) if own.items() <= r.items()}
     images = {k: digest(sum((e.train for e in sets), d.test)) for k, d in todo.items()}
     new = {k: d for k, d in todo.items() if cfg.force or rows.get(k, {}).get("images") != images[k]}
     if new:
         clip = load_clip(model, cfg.pretrained, device, precision)
         known = known or [parts[d.name, halves[0]] for d in sets]
+        if cfg.force and not cfg.load:
+            shutil.rmtree(folder, ignore_errors=True)
         prompt, predictor = train(cfg, clip, known if tasks else known[0])
         git = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
         commit = subprocess.run("git rev-parse --short HEAD", check=False, **git).stdout.strip()
+        own["train_seconds"] = restore(cfg)[1]["progress"][1] if prompt else 0
         record = own | {n: getattr(cfg, n, False) for n in ("dataset", "shots", "seed", "official")}
         record |= {"pretrained": cfg.pretrained, "device": device, "precision": precision}
         record |= {"torch": torch.__version__, "open_clip": open_clip.__version__, "commit": commit}
-        record["train_seconds"] = restore(cfg)[1]["progress"][1] if prompt else 0
         for (name, half), d in new.items():
             start, labels = time.time(), torch.tensor([item[1] for item in d.test])
             got = classify(cfg, clip, d.test, predictor(d), pictures)
@@ -780,8 +782,7 @@ def _run_one(cfg, train, pictures, tasks, per_class):
             rows[name, half] = record | row | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with open(path.with_suffix(".lock"), "w") as lock:  # two processes lose nothing
             fcntl.flock(lock, fcntl.LOCK_EX)
-            kept = [r for r in records(path) if not (redo and own.items() <= r.items())]
-            lines = [json.dumps(row) + "\n" for row in [*kept, *map(rows.get, new)]]
+            lines = [json.dumps(row) + "\n" for row in [*records(path), *map(rows.get, new)]]
             write(path, "".join(lines).encode())
     for r in (rows[d.name, "all"] for d in other):
         print(f"  on {r['evaluated_on']}: {r['accuracy']:.2f}, zero-shot {r['zero_shot']:.2f}")
@@ -790,9 +791,8 @@ def _run_one(cfg, train, pictures, tasks, per_class):
         a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
         b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
         lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
-    seconds = rows[sets[0].name, halves[0]]["train_seconds"]
     title = f"in {folder}\n" * folder.exists() + f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
-    print(f"{title}: {lines[1]} (zero-shot {lines[0]}), {seconds:.0f} s", flush=True)
+    print(f"{title}: {lines[1]} (zero-shot {lines[0]}), {own['train_seconds']:.0f} s", flush=True)
     return float(a[0])
 
 

@@ -19,8 +19,8 @@ def ask(cfg, clip, train, known, images):
     known: the data set (or list of tasks) it was trained on, as names; images: whether its
     predictor looks at pictures. Prints the answers and returns them. Raises Error.
     """
-    if not (cfg.predict or cfg.interpret):
-        raise common.Error("--names and --json go with --predict")
+    if bool(cfg.interpret) == bool(cfg.predict) or cfg.interpret and (cfg.names or cfg.json):
+        raise common.Error("--names and --json go with --predict; --interpret stands alone")
     files = found([cfg.predict] if isinstance(cfg.predict, str) else cfg.predict)
     prompt, predictor = train(cfg, clip, known)
     prompt.eval()
@@ -37,10 +37,14 @@ def found(places):
         below = sorted(
             path
             for path in Path(place).rglob("*")
-            if path.suffix.lower() in common.IMAGES and not path.name.startswith(".")
+            if path.suffix.lower() in common.IMAGES
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(place).parts)
         )
+        if not Path(place).exists():
+            raise common.Error(f"--predict {place}: nothing is there; separate several by spaces")
         if not below and not Path(place).is_file():
-            raise common.Error(f"--predict {place}: no image there; separate several by spaces")
+            raise common.Error(f"--predict {place}: no image in it or below")
         files += [str(path) for path in below] or [place]
     return files
 
@@ -51,11 +55,12 @@ def labels(cfg, known):
     chosen = [d for d in known if not task or d.name == task]
     if not chosen:
         raise common.Error(f"--task {task!r}: this run learned {', '.join(d.name for d in known)}")
-    if not cfg.names:
-        return chosen[0]
     names = [name.strip() for name in cfg.names.split(",") if name.strip()]
+    names = names if cfg.names else chosen[0].classnames
     if len(names) < 2:
-        raise common.Error("--names needs at least two class names, separated by commas")
+        raise common.Error("nothing to choose from: --names needs two class names or more, a,b,c")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise common.Error(f"--names has {min(twice)!r} twice")
     return chosen[0]._replace(classnames=names)
 
 

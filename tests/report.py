@@ -5,7 +5,8 @@ the seeds, from full precision; H of an average is that of the averaged base and
 """
 
 import argparse
-import re
+import dataclasses
+import importlib
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -23,18 +24,45 @@ def read(out):
     path = Path(out, "results.jsonl")
     if not path.exists():
         raise common.Error(f"{path}: nothing is recorded there yet; --out names another folder")
-    rows = {}
-    for row in common.records(path):
-        options = re.sub(r"^\d+shots_seed\d+(_classes=base)?", "", Path(row["run"]).name)
-        row["label"] = " ".join([row["method"], *filter(None, options.split("_", 1)[1:])])
-        mean = row["method"] == "softcpt" and softcpt.scored_per_class(row["evaluated_on"])
-        row["per_class"], (row["zero"], row["value"]) = mean, (row[s[mean]] for s in common.SCORES)
-        row["transferred"] = row["evaluated_on"] in row["config"]["transfer"].split(",")
-        rows[row["run"], row["evaluated_on"], row["classes"]] = row
-    return sorted(
-        rows.values(),
+    rows, last = {}, {}
+    try:
+        for row in common.records(path):
+            row["label"] = label(row)
+            mean = row["method"] == "softcpt" and softcpt.scored_per_class(row["evaluated_on"])
+            row["zero"], row["value"] = (float(row[keys[mean]]) for keys in common.SCORES)
+            row["per_class"], row["source"] = mean, Path(row["run"]).parent.name
+            loaded = common.run_folder(common.Config(dataset=row["dataset"])).parent.name
+            elsewhere = {Path(name).name for name in row["config"]["transfer"].split(",")}
+            row["transferred"] = row["evaluated_on"] in elsewhere or loaded != row["source"]
+            kind = row["model"], row["label"], row["source"], row["shots"], row["seed"]
+            rows[*kind, row["evaluated_on"], row["classes"]] = row
+            last[kind] = row["train_seconds"]
+            row["kind"] = kind
+    except (AttributeError, LookupError, TypeError, ValueError) as problem:
+        raise common.Error(f"{path} holds a line that is no record of ours: {problem!r}") from None
+    folders = defaultdict(set)  # of one name, which then stand apart by their paths
+    for row in rows.values():
+        if Path(row["dataset"]).name == row["evaluated_on"]:
+            folders[row["evaluated_on"]].add(row["dataset"])
+    for row in rows.values():
+        if len(folders[row["evaluated_on"]]) > 1 and not row["transferred"]:
+            row["evaluated_on"] = row["dataset"]
+    return sorted(  # of a run that was trained again, only what its present prompt gave
+        (row for row in rows.values() if row["train_seconds"] == last[row["kind"]]),
         key=lambda r: (ORDER.index(r["method"]) if r["method"] in ORDER else -1, r["label"]),
     )
+
+
+def label(row):
+    """The method and its options that are not the default, but for those that the tables show."""
+    module = "tests.zero_shot" if row["method"] == "zero_shot" else row["method"]
+    shown = common.UPKEEP | {"dataset", "shots", "seed", "classes", "model"}
+    words = [row["method"]]
+    for field in dataclasses.fields(importlib.import_module(module).Config):
+        value = row["config"].get(field.name, field.default)
+        if field.name not in shown and value != field.default:
+            words.append(f"{field.name}={value}")
+    return " ".join(words)
 
 
 def grouped(rows):
@@ -105,14 +133,15 @@ def tables(rows):
             text.append(f"{model}, {shots} shots\n\n{accuracy_table(few)}")
         if half := [r for r in own if r["classes"] != "all"]:
             text.append(f"{model}, {shots} shots, base to new\n\n{base_new_table(half)}")
-        for source in sorted({r["dataset"] for r in some if r["transferred"]}):
-            moved = [r for r in some if r["transferred"] and r["dataset"] == source]
+        for source in sorted({r["source"] for r in some if r["transferred"]}):
+            moved = [r for r in some if r["transferred"] and r["source"] == source]
             text.append(
                 f"{model}, {shots} shots of {source}, evaluated on\n\n{accuracy_table(moved)}"
             )
     if apart := sorted({r["evaluated_on"] for r in rows if r["per_class"]}):
         text.append(
-            f"SoftCPT's cells are means over the classes' accuracies on {', '.join(apart)}."
+            f"On {', '.join(apart)}, SoftCPT's cells are means over the classes' accuracies; "
+            "so are zero-shot CLIP's where SoftCPT stands alone."
         )
     return "\n\n".join(text)
 
@@ -176,7 +205,10 @@ def plot(rows, file):
     for axis in figure.axes:
         shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown.keys(), fontsize=7, loc="outside right upper")
-    figure.savefig(file, dpi=150)
+    try:
+        figure.savefig(file, dpi=150)
+    except ValueError as problem:  # matplotlib's own kind for an unknown file type
+        raise common.Error(f"--plot {file}: {problem}") from None
 
 
 def main():
@@ -189,7 +221,8 @@ def main():
         rows = read(options.out)
         print(tables(rows))
         if options.plot:
-            plot(rows, options.plot)
-            print(f"\ndrawn: {options.plot}")
+            file = options.plot if Path(options.plot).suffix else f"{options.plot}.png"
+            plot(rows, file)
+            print(f"\ndrawn: {file}")
     except (common.Error, OSError) as problem:
         common.stop(problem)

@@ -74,6 +74,7 @@ def test_names_given_on_the_spot_are_chosen_from(fit, photos, clip, tmp_path, sh
         zip(answer["classes"], answer["probabilities"], strict=True)
     ) == pytest.approx(expected, abs=1e-3)
     assert "two class names" in shell("coop.py", *flags, "cat")[2]
+    assert "'cat' twice" in shell("coop.py", *flags, "cat,dog,cat")[2]
 
 
 def test_folders_are_searched_and_a_broken_image_stops_no_other(fit, photos, tmp_path, shell):
@@ -87,14 +88,16 @@ def test_folders_are_searched_and_a_broken_image_stops_no_other(fit, photos, tmp
     assert code == 2 and "broken.jpg" in err and "1 of 4 images" in err.splitlines()[-1]
     for place in "absent", str(tmp_path / "coop"), ",".join(photos):
         code, out, err = shell("coop.py", *flags, place)
-        assert code == 2 and place in err and "no image there" in err
+        assert code == 2 and place in err and ("nothing is there" in err or "no image in" in err)
 
 
 def test_questions_that_miss_their_half_are_one_line(fit, photos, tmp_path, shell):
     fit(coop)
-    for flags in (["--names", "a,b"], ["--json"]):
+    for flags in (["--names", "a,b"], ["--json"], ["--interpret", "--predict", photos[0]]):
         code, _, err = shell("coop.py", "--load", folder(tmp_path, coop), *flags)
         assert code == 2 and "go with --predict" in err and len(err.splitlines()) == 1
+    same = ["--shots", "1", "--epochs", "1"]  # a finished run need not be named
+    assert shell("coop.py", *same, "--predict", photos[0])[0] == 0
     fit(softcpt, dataset="shapes,textures")
     flags = ["--load", folder(tmp_path, softcpt), "--predict", photos[0], "--task", "birds"]
     code, _, err = shell("softcpt.py", *flags)

@@ -396,8 +396,10 @@ def test_training_on_changed_data_is_refused_unless_forced(kind, stage, mine, tm
     assert "other images or class names" in line and "--force" in line
     assert file.read_bytes() == before
     run_coop(*flags, "--force")
-    assert len(records(tmp_path / "runs")) == 1
-    run_coop(*flags)
+    count = len(records(tmp_path / "runs"))
+    run_coop(*flags)  # finished again
+    assert len(records(tmp_path / "runs")) == count
+    assert len(report.read(tmp_path / "runs")) == 1
 
 
 def test_changed_test_images_are_evaluated_anew_with_the_same_prompt(mine, tmp_path, monkeypatch):
@@ -428,9 +430,53 @@ def test_force_takes_back_what_the_old_prompt_was_worth_elsewhere(flags, world, 
     elsewhere = ["--transfer", "shapes_negative"]
     run_coop(*flags, *elsewhere, "--out", tmp_path)
     run_coop(*flags, "--force", "--out", tmp_path)
-    assert [row["evaluated_on"] for row in records(tmp_path)] == ["shapes"]
+    assert [row["evaluated_on"] for row in report.read(tmp_path)] == ["shapes"]
     run_coop(*flags, *elsewhere, "--out", tmp_path)
-    assert [row["evaluated_on"] for row in records(tmp_path)] == ["shapes", "shapes_negative"]
+    rows = report.read(tmp_path)
+    assert sorted(row["evaluated_on"] for row in rows) == ["shapes", "shapes_negative"]
+
+
+def test_a_forced_run_that_fails_or_is_cut_short_leaves_no_old_number(
+    mine, tmp_path, monkeypatch, capsys
+):
+    folder, flags = mine
+    run_coop(*flags, "--epochs", 3)
+    (file,) = (tmp_path / "runs").rglob("prompt.safetensors")
+    (folder / "test/cat/1.png").rename(folder / "away.png")
+    (folder / "test/cat/1.png").symlink_to("nowhere")
+    assert "1.png" in refusal(capsys, run_coop, *flags, "--epochs", 3, "--force")
+    assert file.exists()
+    (folder / "away.png").replace(folder / "test/cat/1.png")
+    steps, step = [], common.step
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "step", interrupted)
+        run_coop(*flags, "--epochs", 3, "--force")
+    assert not file.exists()
+    run_coop(*flags, "--epochs", 3)
+    assert file.exists()
+    seconds = [row["train_seconds"] for row in records(tmp_path / "runs")]
+    assert len(seconds) == 2 and seconds[0] != seconds[1]
+
+
+def test_a_loaded_run_keeps_its_shots_and_seed(flags, tmp_path):
+    run_coop(*flags, "--epochs", 1, "--out", tmp_path)
+    folder = next(tmp_path.rglob("prompt.safetensors")).parent
+    run_coop("--data", flags[1], "--load", folder, "--shots", 2, "--seed", 5, "--out", tmp_path)
+    (row,) = records(tmp_path)
+    assert (row["shots"], row["seed"]) == (1, 1)
+    run_coop("--data", flags[1], "--load", folder, "--dataset", "textures", "--out", tmp_path)
+    rows = report.read(tmp_path)
+    assert {row["evaluated_on"]: row["transferred"] for row in rows} == {
+        "shapes": False,
+        "textures": True,
+    }
 
 
 def test_other_tensors_from_python_do_not_get_the_old_prompt(clip, tmp_path):

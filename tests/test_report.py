@@ -14,8 +14,9 @@ from tests import report
 def row(method="coop", on="dtd", seed=1, value=60.0, **other):
     """A record with two metrics 10 apart, and a zero-shot accuracy of 50 (40 per class)."""
     half = other.get("classes", "all")
-    run = f"{method}/{other.get('dataset', on)}/16shots_seed{seed}" + "_classes=base" * (
-        half != "all"
+    run = (
+        f"{method}/{other.get('dataset', on).replace('/', '-')}/16shots_seed{seed}"
+        + "_classes=base" * (half != "all")
     )
     known = {
         "run": run,
@@ -56,7 +57,11 @@ def test_a_repeated_run_counts_once_by_its_last_line(printed):
 
 
 def test_runs_with_other_options_and_methods_are_rows_of_their_own(printed):
-    lines = printed(row("upt"), row(run="coop/dtd/16shots_seed1_csc=True"), row())
+    lines = printed(
+        row("upt"),
+        row(run="coop/dtd/16shots_seed1_csc=True", config={"csc": True, "transfer": ""}),
+        row(),
+    )
     assert [line[0] for line in lines[4:]] == ["zero-shot", "coop", "coop csc=True", "upt"]
 
 
@@ -74,8 +79,26 @@ def test_base_and_new_have_std_and_the_harmonic_mean_of_their_means(printed):
     assert lines[9] == ["coop", "average", "77.00", "57.00", f"{2 * 77 * 57 / (77 + 57):.2f}"]
 
 
+def test_folders_of_one_name_are_columns_of_their_own(printed):
+    lines = printed(*(row(on="pets", dataset=f"{where}/pets") for where in "ab"))
+    assert lines[2] == ["method", "a/pets", "b/pets", "average"]
+
+
+def test_a_prompt_trained_again_leaves_none_of_its_old_numbers(printed):
+    old = [row(value=60.0), row(on="eurosat", dataset="dtd", config={"transfer": "eurosat"})]
+    lines = printed(*old, row(value=70.0, train_seconds=2.0))
+    assert lines[2:] == [["method", "dtd"], lines[3], ["zero-shot", "50.00"], ["coop", "70.00"]]
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    for wrong in {"config": None}, {"accuracy": "high"}, {"evaluated_on": ["dtd"]}, {"run": None}:
+        (tmp_path / "results.jsonl").write_text(json.dumps(row() | wrong) + "\n")
+        with pytest.raises(common.Error, match="no record"):
+            report.read(tmp_path)
+
+
 def test_a_transferred_prompt_stands_in_a_table_of_its_source(printed):
-    moved = row(on="eurosat", dataset="dtd", value=33.0, config={"transfer": "eurosat"})
+    moved = row(on="eurosat", dataset="dtd", value=33.0, config={"transfer": "some/eurosat"})
     lines = printed(row(), moved)
     assert "RN50, 16 shots of dtd, evaluated on" in lines
     assert lines[-1] == ["coop", "33.00"] and lines[5] == ["coop", "60.00"]
@@ -85,7 +108,7 @@ def test_softcpt_counts_some_data_sets_by_the_mean_of_their_classes_and_says_so(
     lines = printed(*(row("softcpt", on=on) for on in ("caltech101", "dtd")))
     assert lines[4] == ["zero-shot", "40.00", "50.00", "45.00"]
     assert lines[5] == ["softcpt", "50.00", "60.00", "55.00"]
-    assert lines[-1] == "SoftCPT's cells are means over the classes' accuracies on caltech101."
+    assert lines[-1].startswith("On caltech101, SoftCPT's cells")
 
 
 def test_nothing_recorded_is_one_line(tmp_path):
@@ -99,3 +122,7 @@ def test_the_plot_is_drawn_and_named(printed, tmp_path):
     few = [row(shots=n, run=f"coop/dtd/{n}shots_seed1", value=50 + n) for n in (1, 4, 16)]
     assert printed(*few, flags=["--plot", file])[-1] == f"drawn: {file}"
     assert np.asarray(Image.open(file)).std() > 0
+    assert printed(*few, flags=["--plot", file[:-4]])[-1] == f"drawn: {file}"
+    with pytest.raises(SystemExit) as end:
+        printed(*few, flags=["--plot", str(tmp_path / "accuracy.xyz")])
+    assert end.value.code == 2
