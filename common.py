@@ -404,16 +404,15 @@ def listed(folder, folders=False):
     return [n for n in found if ((folder / n).is_dir() if folders else n.lower().endswith(IMAGES))]
 
 
-def _from_wnids(name, images):
+def _from_wnids(name, root):
     """By WordNet folder (V2: by label), sorted; CoOp's listing was not, so its picks varied."""
     keys = ImageNetInfo().label_names() if name != "imagenetv2" else map(str, range(1000))
     title = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
     splits = [[], [], []]
     for k, part in [(0, "train"), (2, "val")] if name == "imagenet" else [(2, "")]:
-        found = set(listed(images / part, True))
+        found = set(listed(root / part, True))
         for i, c in enumerate(c for c in title if c in found):  # in the order of labels
-            place = images / part / c
-            splits[k] += [(f"{place}/{file}", i, title[c]) for file in listed(place)]
+            splits[k] += [(f"{root / part / c}/{f}", i, title[c]) for f in listed(root / part / c)]
     return splits
 
 
@@ -791,7 +790,8 @@ def _run_one(cfg, train, pictures, tasks, per_class):
         a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
         b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
         lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
-    title = f"in {folder}\n" * folder.exists() + f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
+    where = "finished before, " * (not new) + f"in {folder}\n"
+    title = where * folder.exists() + f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
     print(f"{title}: {lines[1]} (zero-shot {lines[0]}), {own['train_seconds']:.0f} s", flush=True)
     return float(a[0])
 

@@ -402,7 +402,9 @@ def test_training_on_changed_data_is_refused_unless_forced(kind, stage, mine, tm
     assert len(report.read(tmp_path / "runs")) == 1
 
 
-def test_changed_test_images_are_evaluated_anew_with_the_same_prompt(mine, tmp_path, monkeypatch):
+def test_changed_test_images_are_evaluated_anew_with_the_same_prompt(
+    mine, tmp_path, monkeypatch, capsys
+):
     folder, flags = mine
     run_coop(*flags)
     before = prompts(tmp_path / "runs")
@@ -412,6 +414,7 @@ def test_changed_test_images_are_evaluated_anew_with_the_same_prompt(mine, tmp_p
     monkeypatch.setattr(coop, "train", None)  # and is then finished again
     run_coop(*flags)
     assert str(prompts(tmp_path / "runs")) == str(before)
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_data_copied_elsewhere_is_the_same_data(mine, tmp_path, monkeypatch):
