@@ -81,6 +81,7 @@ def test_folders_are_searched_and_a_broken_image_stops_no_other(fit, photos, tmp
     fit(coop)
     (tmp_path / "new/a/broken.jpg").write_bytes(b"no picture")
     (tmp_path / "new/.hidden.png").write_bytes(b"no picture")
+    (tmp_path / "new/folder.png").mkdir()
     flags = ["--load", folder(tmp_path, coop), "--predict"]
     code, out, err = shell("coop.py", *flags, str(tmp_path / "new"))
     lines = [line for line in out.splitlines() if ".png: " in line]

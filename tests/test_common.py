@@ -84,6 +84,10 @@ def test_real_words_as_context_give_the_sentence_that_they_spell(clip, context, 
     ours = common.encode_prompts(clip, tokens, V, None, position)
     each = V.expand(len(names), -1, -1).clone().requires_grad_()
     own = common.encode_prompts(clip, tokens, each, torch.arange(len(names)), position)
+    one = common.encode_prompts(
+        clip, tokens, V, torch.arange(len(names)), position
+    )  # row 0 for all
+    assert torch.equal(one, ours)
     assert close(ours, clip.encode_text(ids)) and close(own, clip.encode_text(ids))
     first = gradients(own[0].sum(), [each])[0]
     assert first[0].abs().min() > 0 and first[1:].abs().max() == 0  # a class feels its own context

@@ -371,6 +371,8 @@ def change(kind, folder):
         picture(folder / "train/cat/new.png", 0)
     elif kind == "another photograph of the same name":
         picture(folder / "train/cat/0.png", 0, (20, 20))
+    elif kind == "another name of a file":
+        (folder / "train/cat/0.png").rename(folder / "train/cat/other.png")
     elif kind == "another label":
         (folder / "train/cat/0.png").rename(folder / "train/dog/0b.png")
     else:
@@ -378,7 +380,8 @@ def change(kind, folder):
             (folder / part / "cat").rename(folder / part / "caterpillar")
 
 
-CHANGED = ["a new photograph", "another photograph of the same name", "another label", "a name"]
+CHANGED = ["a new photograph", "another photograph of the same name", "another name of a file"]
+CHANGED += ["another label", "another class name"]
 
 
 @pytest.mark.parametrize("kind", CHANGED)
@@ -488,9 +491,10 @@ def test_other_tensors_from_python_do_not_get_the_old_prompt(clip, tmp_path):
     first, _ = coop.train(cfg, clip, data)
     again, _ = coop.train(cfg, clip, data)
     assert first.ctx.equal(again.ctx)
-    brighter = [(picture + 1, *label) for picture, *label in data.train]
+    other = [(picture.clone(), *label) for picture, *label in data.train]
+    other[0][0][:, 20, 20] += 1  # in the middle, where print(tensor) would not show it
     with pytest.raises(common.Error, match="other images"):
-        coop.train(cfg, clip, data._replace(train=brighter))
+        coop.train(cfg, clip, data._replace(train=other))
 
 
 def test_another_label_set_keeps_the_clip_of_the_loaded_run(flags, mine, tmp_path):

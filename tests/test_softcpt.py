@@ -40,6 +40,21 @@ def by_hand(clip, prompt, variant):
     return plain_prompts(clip, NAMES + OTHER, V)
 
 
+def test_general10_samples_a_tenth_of_the_other_classes_and_lists_none(odd, monkeypatch):
+    asked = []
+    whole = lambda labels, of, rate: asked.append(rate) or torch.arange(len(of))  # noqa: E731
+    monkeypatch.setattr(softcpt, "sample_classes", whole)
+    for dataset, rate, expected in (
+        ("general10", 0.0, 0.1),
+        ("general10", 0.5, 0.5),
+        ("a,b", 0.0, 1),
+    ):
+        options = {"variant": "CATA", "dataset": dataset, "class_rate": rate, "epochs": 1, **TINY}
+        rehearsed(softcpt, odd, two(), **options)
+        assert asked == [expected] * (expected < 1)
+        asked.clear()
+
+
 @pytest.mark.parametrize("variant", [*VARIANTS, "MT", "CA"])
 def test_every_variant_is_the_equations_by_hand(odd, variant):
     losses, prompt = rehearsed(softcpt, odd, two(), variant=variant, epochs=1, **TINY)
