@@ -101,7 +101,7 @@ def interpret(clip, prompt):
             NEAREST, largest=False
         )
         for i, (distances, ids) in enumerate(zip(*(t.tolist() for t in near), strict=True)):
-            words = [clip.tokenize.decoder[k].replace("</w>", "") for k in ids]
+            words = [clip.tokenize.decode([k]).strip() for k in ids]
             answers.append(words)
             pairs = [f"{word} ({d:.3f})" for word, d in zip(words, distances, strict=True)]
             print(f"text vector {i + 1}, norm {vectors[i].norm():.3f}: {', '.join(pairs)}")
