@@ -278,8 +278,8 @@ def encode_text(clip, prefix, suffix, eot, group=None):
 def encode_image(clip, images, prompts=None, patches=False):
     """Image features, with prompt rows from one hook: prompts(i, tokens) is asked before block i,
     and at i = -1 before ln_pre, with the (B, 1 + N, d) tokens that are not prompts. The (P, d) or
-    (B, P, d) rows it returns replace the prompt rows, at the end; None keeps them. images: (B, 3,
-    H, W). Returns (B, D) fp32 features, patches=True: also (B, N, D). Raises Error for a ResNet."""
+    (B, P, d) rows it returns replace the prompt rows, None keeps them. images (B, 3, H, W),
+    normalised. Returns (B, D) fp32 features, with patches also (B, N, D). Error for a ResNet."""
     visual = clip.visual
     with torch.autocast(images.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         if not hasattr(visual, "transformer"):
@@ -296,7 +296,7 @@ def encode_image(clip, images, prompts=None, patches=False):
             x = torch.cat([tokens, rows], 1) if rows.shape[1] else tokens
             out = _block(block, x, attention)[0] if i >= 0 else block(x).__getitem__
             if (stay or not rows.shape[1]) and block is not visual.transformer.resblocks[-1]:
-                out = out(...).__getitem__  # they may stay again: computed with the tokens
+                out = out(...).__getitem__  # what stayed likely stays again: all rows in one go
         x = visual.ln_post(out(np.s_[:, : count if patches else 1])) @ visual.proj
     return (x[:, 0].float(), x[:, 1:].float()) if patches else x[:, 0].float()
 
@@ -737,29 +737,29 @@ def _run_one(cfg, train, pictures, tasks, per_class):
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     cfg = dataclasses.replace(cfg, load=cfg.load or (str(run_folder(cfg)) if asked else ""))
-    meta = restore(cfg)[1] if cfg.load else {"data": []}
-    known, first = meta["data"], str(meta.get("config", vars(cfg))["dataset"]).split(",")[0]
+    folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
+    done = cfg.load or not cfg.force and (folder / "prompt.safetensors").exists()
+    meta = restore(cfg)[1] if done else {"config": vars(cfg), "progress": [0, 0]}
+    first = str(meta["config"]["dataset"]).split(",")[0]
     tiny = shapes and first in shapes.TASKS and cfg.model == type(cfg).model
     model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
     if asked:
         clip = load_clip(model, cfg.pretrained, device, precision)
-        return tool("ask").ask(cfg, clip, train, known if tasks else known[0], pictures)
+        return tool("ask").ask(cfg, clip, train, meta["data"], pictures, tasks)
     sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data, cfg.download)]
     sets = [sample_few_shot(d, cfg.shots, cfg.seed) for d in sets]
     halves = ["base", "new"] if cfg.classes == "base" else ["all"]
     parts = {(d.name, h): subset_classes(d, h) if h != "all" else d for d in sets for h in halves}
     other = [load_dataset(t, cfg.data, cfg.download) for t in cfg.transfer.split(",") if t]
     todo = parts | {(d.name, "all"): d for d in other}
-    folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
     own = {"run": os.path.relpath(folder, cfg.out), "method": method(cfg), "model": model}
-    trained = (folder / "prompt.safetensors").exists()  # rows of another training do not count
-    own["train_seconds"] = restore(cfg)[1]["progress"][1] if trained else 0
+    own["train_seconds"] = meta["progress"][1]  # rows of another training do not count
     rows = {(r["evaluated_on"], r["classes"]): r for r in records(path) if own.items() <= r.items()}
     images = {k: digest(sum((e.train for e in sets), d.test)) for k, d in todo.items()}
     new = {k: d for k, d in todo.items() if cfg.force or rows.get(k, {}).get("images") != images[k]}
     if new:
         clip = load_clip(model, cfg.pretrained, device, precision)
-        known = known or [parts[d.name, halves[0]] for d in sets]
+        known = meta["data"] if cfg.load else [parts[d.name, halves[0]] for d in sets]
         if cfg.force and not cfg.load:
             shutil.rmtree(folder, ignore_errors=True)
         prompt, predictor = train(cfg, clip, known if tasks else known[0])

@@ -13,21 +13,20 @@ SHOWN = 5  # classes per image
 NEAREST = 3  # words per vector
 
 
-def ask(cfg, clip, train, known, images):
-    """Answers cfg.predict or cfg.interpret for a finished run, which train(cfg, clip, known) loads.
+def ask(cfg, clip, train, known, images, tasks):
+    """Answers cfg.predict or cfg.interpret for a finished run, which train(cfg, clip, data) loads.
 
-    known: the data set (or list of tasks) it was trained on, as names; images: whether its
-    predictor looks at pictures. Prints the answers and returns them. Raises Error.
+    known: the data sets it was trained on, as names; images: whether its predictor looks at
+    pictures; tasks: whether train takes them all. Prints the answers, returns them. Raises Error.
     """
     if bool(cfg.interpret) == bool(cfg.predict) or cfg.interpret and (cfg.names or cfg.json):
         raise common.Error("--names and --json go with --predict; --interpret stands alone")
     files = found([cfg.predict] if isinstance(cfg.predict, str) else cfg.predict)
-    prompt, predictor = train(cfg, clip, known)
+    prompt, predictor = train(cfg, clip, known if tasks else known[0])
     prompt.eval()
     if cfg.interpret:
         return interpret(clip, prompt)
-    dataset = labels(cfg, known if isinstance(known, list) else [known])
-    return predict(cfg, clip, predictor, dataset, files, images)
+    return predict(cfg, clip, predictor, labels(cfg, known), files, images)
 
 
 def found(places):
@@ -55,12 +54,12 @@ def labels(cfg, known):
     chosen = [d for d in known if not task or d.name == task]
     if not chosen:
         raise common.Error(f"--task {task!r}: this run learned {', '.join(d.name for d in known)}")
-    names = [name.strip() for name in cfg.names.split(",") if name.strip()]
-    names = names if cfg.names else chosen[0].classnames
+    given = [name.strip() for name in cfg.names.split(",") if name.strip()]
+    if twice := {name for name in given if given.count(name) > 1}:
+        raise common.Error(f"--names has {min(twice)!r} twice")
+    names = given if cfg.names else chosen[0].classnames
     if len(names) < 2:
         raise common.Error("nothing to choose from: --names needs two class names or more, a,b,c")
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise common.Error(f"--names has {min(twice)!r} twice")
     return chosen[0]._replace(classnames=names)
 
 

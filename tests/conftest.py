@@ -1,5 +1,6 @@
 """What the tests share: small CLIPs, a small shapes world, CLIP's towers written out plainly."""
 
+import contextlib
 import json
 import runpy
 import sys
@@ -123,6 +124,22 @@ def built(embed_dim=24, quick_gelu=True, **vision):
     clip.tokenize, clip.half_dtype = open_clip.get_tokenizer("ViT-B-32"), None
     clip.fingerprint = "built"
     return clip
+
+
+@contextlib.contextmanager
+def interrupted(at):
+    """The body's training ends like a Ctrl-C in its step number at, which it must reach."""
+    taken, step = [], common.step
+
+    def counted(*args):
+        taken.append(args)
+        if len(taken) == at:
+            raise KeyboardInterrupt
+        step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "step", counted)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def read(out):
     rows, last = {}, {}
     try:
         for row in common.records(path):
-            row["label"] = label(row)
+            row["label"] = described(row)
             mean = row["method"] == "softcpt" and softcpt.scored_per_class(row["evaluated_on"])
             row["zero"], row["value"] = (float(row[keys[mean]]) for keys in common.SCORES)
             row["per_class"], row["source"] = mean, Path(row["run"]).parent.name
@@ -35,9 +35,8 @@ def read(out):
             elsewhere = {Path(name).name for name in row["config"]["transfer"].split(",")}
             row["transferred"] = row["evaluated_on"] in elsewhere or loaded != row["source"]
             kind = row["model"], row["label"], row["source"], row["shots"], row["seed"]
-            rows[*kind, row["evaluated_on"], row["classes"]] = row
+            rows[kind, row["evaluated_on"], row["classes"]] = row
             last[kind] = row["train_seconds"]
-            row["kind"] = kind
     except (AttributeError, LookupError, TypeError, ValueError) as problem:
         raise common.Error(f"{path} holds a line that is no record of ours: {problem!r}") from None
     folders = defaultdict(set)  # of one name, which then stand apart by their paths
@@ -48,12 +47,12 @@ def read(out):
         if len(folders[row["evaluated_on"]]) > 1 and not row["transferred"]:
             row["evaluated_on"] = row["dataset"]
     return sorted(  # of a run that was trained again, only what its present prompt gave
-        (row for row in rows.values() if row["train_seconds"] == last[row["kind"]]),
+        (row for (kind, *_), row in rows.items() if row["train_seconds"] == last[kind]),
         key=lambda r: (ORDER.index(r["method"]) if r["method"] in ORDER else -1, r["label"]),
     )
 
 
-def label(row):
+def described(row):
     """The method and its options that are not the default, but for those that the tables show."""
     module = "tests.zero_shot" if row["method"] == "zero_shot" else row["method"]
     shown = common.UPKEEP | {"dataset", "shots", "seed", "classes", "model"}

@@ -27,6 +27,7 @@ from tests.conftest import (
     HERE,
     NAMES,
     gradients,
+    interrupted,
     plain_image,
     plain_prompts,
     plain_text,
@@ -583,20 +584,11 @@ def learned(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_runs_agree_bit_for_bit_also_when_one_was_interrupted(method, fit, tmp_path, monkeypatch):
+def test_runs_agree_bit_for_bit_also_when_one_was_interrupted(method, fit, tmp_path):
     options = {"dataset": "textures", "shots": 4, "batch_size": 8, "epochs": 3}
     options |= INTERRUPTED[method]
     first = fit(method, out=str(tmp_path / "a"), **options)
-    steps, step = [], common.step
-
-    def interrupted(*args):
-        steps.append(args)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        step(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "step", interrupted)
+    with interrupted(at=4):
         fit(method, out=str(tmp_path / "b"), **options)
     assert not list((tmp_path / "b").rglob("prompt.safetensors"))
     assert fit(method, out=str(tmp_path / "b"), **options) == first

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import common
 import coop
 from tests import report
-from tests.conftest import toy
+from tests.conftest import interrupted, toy
 from tests.miniatures import (
     child,
     killed_at,
@@ -442,9 +442,7 @@ def test_force_takes_back_what_the_old_prompt_was_worth_elsewhere(flags, world, 
     assert sorted(row["evaluated_on"] for row in rows) == ["shapes", "shapes_negative"]
 
 
-def test_a_forced_run_that_fails_or_is_cut_short_leaves_no_old_number(
-    mine, tmp_path, monkeypatch, capsys
-):
+def test_a_forced_run_that_fails_or_is_cut_short_leaves_no_old_number(mine, tmp_path, capsys):
     folder, flags = mine
     run_coop(*flags, "--epochs", 3)
     (file,) = (tmp_path / "runs").rglob("prompt.safetensors")
@@ -453,22 +451,20 @@ def test_a_forced_run_that_fails_or_is_cut_short_leaves_no_old_number(
     assert "1.png" in refusal(capsys, run_coop, *flags, "--epochs", 3, "--force")
     assert file.exists()
     (folder / "away.png").replace(folder / "test/cat/1.png")
-    steps, step = [], common.step
-
-    def interrupted(*args):
-        steps.append(args)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        step(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "step", interrupted)
+    with interrupted(at=2):
         run_coop(*flags, "--epochs", 3, "--force")
     assert not file.exists()
     run_coop(*flags, "--epochs", 3)
     assert file.exists()
     seconds = [row["train_seconds"] for row in records(tmp_path / "runs")]
     assert len(seconds) == 2 and seconds[0] != seconds[1]
+
+
+def test_force_trains_anew_in_place_of_a_broken_prompt_file(flags, tmp_path):
+    wanted = run_coop(*flags, "--out", tmp_path)
+    (file,) = tmp_path.rglob("prompt.safetensors")
+    file.write_bytes(BYTES["random"])
+    assert run_coop(*flags, "--force", "--out", tmp_path) == wanted
 
 
 def test_a_loaded_run_keeps_its_shots_and_seed(flags, tmp_path):
