@@ -10,6 +10,7 @@ Official files are those of KaiyangZhou/CoOp ff61507 and KaiyangZhou/Dassl.pytor
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -157,11 +158,9 @@ def stop(message):
 
 def run_folder(cfg):
     """runs/<method>/<dataset>/<name>; the name holds every option that changes what is learned."""
-    name = f"{cfg.shots}shots_seed{cfg.seed}"
-    for field in dataclasses.fields(cfg):
-        if field.name not in UPKEEP | {"dataset", "shots", "seed"}:
-            value = getattr(cfg, field.name)
-            name += f"_{field.name}={value}" * (value != field.default)
+    own = {f.name: v for f in dataclasses.fields(cfg) if (v := getattr(cfg, f.name)) != f.default}
+    own = [f"_{n}={v}" for n, v in own.items() if n not in UPKEEP | {"dataset", "shots", "seed"}]
+    name = f"{cfg.shots}shots_seed{cfg.seed}" + "".join(own)
     plain = [re.sub(r"[^\w.=+,-]+", "-", part).strip("-.")[:110] for part in (cfg.dataset, name)]
     digest = "-" + hashlib.md5(f"{cfg.dataset}/{name}".encode()).hexdigest()[:8]
     return Path(cfg.out, method(cfg), plain[0], plain[1] + digest * (plain != [cfg.dataset, name]))
@@ -201,6 +200,9 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     except Exception as problem:  # open_clip raises many kinds
         raise Error(f"--model {model}: {problem} (--device {device})") from None
     clip.requires_grad_(False).eval()
+    if device == "cpu" and sys.platform == "linux":  # else memory is given back and zeroed anew
+        for option in (-4, 0), (-1, -1):  # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(*option)
     try:  # the towers below must give the model's own features
         ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
         x, image = clip.token_embedding(ids), torch.rand(1, 3, size, size)
@@ -242,37 +244,37 @@ def attention(q, kv, heads, mask=None):
 
 
 def encode_text(clip, prefix, suffix, eot, group=None):
-    """Text features of prefix + suffix in a causal tower: nothing before the class name depends on
-    it and nothing after the EOT reaches it, so each prefix runs once and the suffixes, cut at their
-    EOT, attend to its keys and values. prefix (G, P, d), suffix (K, S, d): token embeddings without
-    positions. eot (K,): place in the whole. group (K,): each class's prefix (None or one: row 0).
-    Returns (K, D) fp32 features, as clip.encode_text."""
-    K, (G, P, d), blocks = len(suffix), prefix.shape, clip.transformer.resblocks
-    length, order = (eot + 1 - P).sort(stable=True)  # suffixes of equal length stand together
-    sizes, counts = (t.tolist() for t in length.unique_consecutive(return_counts=True))
-    tokens = [s * k for s, k in zip(sizes, counts, strict=True)]
-    place = torch.arange(P + sizes[-1], device=eot.device)
-    keep = (place[: sizes[-1]] < length[:, None]).nonzero(as_tuple=True)  # n tokens, no padding
-    causal = place <= place[:, None]  # True = may attend
+    """(K, D) fp32 features of prefix + suffix, as clip.encode_text: in a causal tower nothing
+    before the class name depends on it and nothing after the EOT reaches it, so each prefix runs
+    once and the suffixes, cut at their EOT, attend to its keys and values. prefix (G, P, d), suffix
+    (K, S, d): token embeddings without positions. eot (K,): place in the whole. group (K,): each
+    class's prefix (None or one: row 0). In attention, 8 neighbours share a copy of their prefix."""
+    (K, S, _), (G, P, _), blocks = suffix.shape, prefix.shape, clip.transformer.resblocks
+    place, length = torch.arange(P + K * S, device=eot.device), eot + 1 - P
+    owner = place[:K].repeat_interleave(length)  # (n,) class of each token; no padding
+    group = torch.zeros_like(eot) if group is None or G == 1 else group
+    key, row = (group * K + place[:K] // 8).unique_consecutive(return_inverse=True)
+    count = row[owner].bincount()  # tokens of each row
+    filled = place[: count.max()] < count[:, None]  # (R, W): in attention's R rows of W places
+    slot = filled.flatten().nonzero()[:, 0]  # (n,) place of each token there
 
-    def attend(q, kv, heads, past):  # one length at a time
-        parts = past.split(counts), kv.split(tokens), q.split(counts if len(q) == K else tokens)
-        done = []
-        for past, kv, q in zip(*parts, strict=True):
-            kv = torch.cat([past, kv.view(len(past), -1, 2 * d)], 1)
-            q, T = q.view(len(past), -1, d), kv.shape[1]
-            done.append(attention(q, kv, heads, causal[T - q.shape[1] : T, :T]).flatten(0, 1))
-        return torch.cat(done)
+    def spread(x, to):
+        return x.new_zeros(filled.numel(), x.shape[1]).index_copy_(0, to, x).view(*filled.shape, -1)
 
+    def attend(q, kv, heads, past, to):
+        kv = torch.cat([past[key // K], spread(kv, slot)], 1)
+        return attention(spread(q, to), kv, heads, mask).flatten(0, 1)[to]
+
+    own, causal = spread(owner[:, None], slot), place[:P] <= place[:P, None]  # True = may attend
+    mask = F.pad((own == own.mT).tril(), (P, 0), value=True)[:, None]
     with torch.autocast(suffix.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         out = (prefix + clip.positional_embedding[:P]).__getitem__
-        y = (suffix[order, : sizes[-1]] + clip.positional_embedding[P : len(place)])[keep]  # (n, d)
+        y = (suffix + clip.positional_embedding[P : P + S])[place[:S] < length[:, None]]  # (n, d)
         for block in blocks:
-            out, past = _block(block, out(...), functools.partial(attention, mask=causal[:P, :P]))
-            past = past[:1].expand(K, -1, -1) if G == 1 or group is None else past[group[order]]
+            out, past = _block(block, out(...), functools.partial(attention, mask=causal))
             rows = length.cumsum(0) - 1 if block is blocks[-1] else ...  # there only the EOTs
-            y = _block(block, y, functools.partial(attend, past=past))[0](rows)
-        return (clip.ln_final(y) @ clip.text_projection).float()[order.argsort()]
+            y = _block(block, y, functools.partial(attend, past=past, to=slot[rows]))[0](rows)
+        return (clip.ln_final(y) @ clip.text_projection).float()
 
 
 def encode_image(clip, images, prompts=None, patches=False):
@@ -338,9 +340,8 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
     if behind:
         rows = [0] * len(suffix) if group is None or len(ctx) == 1 else group
         suffix = torch.cat([ctx[rows, M - behind :], suffix], 1)  # V, name, rest; to be ordered
-        j, n = torch.arange(suffix.shape[1], device=ctx.device), names.length[:, None]
-        order = torch.where(j < n, j + behind, torch.where(j < n + behind, j - n, j))
-        suffix = suffix.gather(1, order[..., None].expand(suffix.shape))
+        j, end = torch.arange(suffix.shape[1], device=ctx.device), names.length[:, None] + behind
+        suffix = suffix.take_along_dim(torch.where(j < end, (j + behind) % end, j)[..., None], 1)
     return encode_text(clip, prefix, suffix, names.eot, group)
 
 
@@ -552,14 +553,13 @@ def sgd_cosine(groups, lr, epochs, warmup=1):
     """(optimizer, scheduler): SGD with momentum .9, weight decay 5e-4; groups: parameters, or dicts
     {"params", "lr", "warmup"}. After k scheduler.step() calls the rate is 1e-5 for k < warmup, then
     lr/2 (1 + cos(pi (k - warmup) / epochs)), so never 0 (Dassl optim/lr_scheduler.py)."""
-    groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
-    groups = [{"lr": lr, "warmup": warmup, **g} for g in groups]
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=5e-4)
 
     def rate(k, w, top):
         return 1e-5 / (top or 1) if k < w else (1 + math.cos(math.pi * (k - w) / epochs)) / 2
 
-    factors = [functools.partial(rate, w=g["warmup"], top=g["lr"]) for g in groups]
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=5e-4)
+    pairs = [(g.get("warmup", warmup), g["lr"]) for g in optimizer.param_groups]
+    factors = [functools.partial(rate, w=w, top=top) for w, top in pairs]
     vars(optimizer).update(losses=[], skipped=0, scaler=torch.amp.GradScaler(enabled=False))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
