@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import fields
@@ -47,14 +48,20 @@ def close(a, b, tolerance=1e-5):
 # --- the text tower
 
 
-@pytest.mark.parametrize("group", [None, [1, 0, 1], [0, 1, 2]], ids=["one", "groups", "each"])
+TASKS = [0] * 3 + [1] * 11 + [2] * 6  # groups that begin within eight neighbours, and end
+
+
+@pytest.mark.parametrize(
+    "group", [None, TASKS, [1, 0] * 10, range(20)], ids=["one", "tasks", "mixed", "each"]
+)
 def test_shared_prefixes_give_the_features_and_gradients_of_77_tokens(clip, group):
     torch.manual_seed(0)
-    ctx = (0.1 * torch.randn(max(group or [0]) + 1, 5, 128)).requires_grad_()
-    rows = torch.tensor(group or [0, 0, 0])
-    names = common.embed_names(clip, NAMES, 5)
+    classes = [*NAMES, *open_clip.IMAGENET_CLASSNAMES[: 20 - len(NAMES)]]
+    rows = torch.tensor([0] * 20 if group is None else group)
+    ctx = (0.1 * torch.randn(rows.max() + 1, 5, 128)).requires_grad_()
+    names = common.embed_names(clip, classes, 5)
     ours = common.encode_prompts(clip, names, ctx, None if group is None else rows)
-    plain = plain_prompts(clip, NAMES, ctx[rows])
+    plain = plain_prompts(clip, classes, ctx[rows])
     weight = torch.randn_like(plain)
     assert close(ours, plain)
     assert close(*(gradients((x * weight).sum(), [ctx])[0] for x in (ours, plain)))
@@ -249,6 +256,18 @@ def test_quick_gelu_follows_the_pretrained_tag(tmp_path, monkeypatch, tag, quick
 def test_a_loaded_clip_is_frozen_and_in_eval_mode(clip):
     assert not any(p.requires_grad for p in clip.parameters())
     assert not any(module.training for module in clip.modules())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_on_a_cpu_freed_memory_is_kept_for_the_next_step(clip):
+    def pages():  # handed over and zeroed by the system so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    torch.ones(2**24)
+    before = pages()
+    for _ in range(5):
+        torch.ones(2**24)  # 64 MiB
+    assert pages() - before < 2**26 / resource.getpagesize()
 
 
 @pytest.mark.parametrize(
