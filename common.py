@@ -200,8 +200,8 @@ def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
     except Exception as problem:  # open_clip raises many kinds
         raise Error(f"--model {model}: {problem} (--device {device})") from None
     clip.requires_grad_(False).eval()
-    if device == "cpu" and sys.platform == "linux":  # else memory is given back and zeroed anew
-        for option in (-4, 0), (-1, -1):  # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD
+    if device == "cpu" and sys.platform == "linux":  # freed memory stays ours: no new page faults
+        for option in (-4, 0), (-1, -1):  # glibc, whole process: M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(*option)
     try:  # the towers below must give the model's own features
         ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
@@ -253,20 +253,20 @@ def encode_text(clip, prefix, suffix, eot, group=None):
     place, length = torch.arange(P + K * S, device=eot.device), eot + 1 - P
     owner = place[:K].repeat_interleave(length)  # (n,) class of each token; no padding
     group = torch.zeros_like(eot) if group is None or G == 1 else group
-    key, row = (group * K + place[:K] // 8).unique_consecutive(return_inverse=True)
+    key, row = (group * K + place[:K] // 8).unique_consecutive(return_inverse=True)  # (R,), (K,)
     count = row[owner].bincount()  # tokens of each row
     filled = place[: count.max()] < count[:, None]  # (R, W): in attention's R rows of W places
     slot = filled.flatten().nonzero()[:, 0]  # (n,) place of each token there
 
-    def spread(x, to):
+    def spread(x, to):  # (n, c) -> (R, W, c): row i at place to[i], 0 where none stands
         return x.new_zeros(filled.numel(), x.shape[1]).index_copy_(0, to, x).view(*filled.shape, -1)
 
     def attend(q, kv, heads, past, to):
-        kv = torch.cat([past[key // K], spread(kv, slot)], 1)
-        return attention(spread(q, to), kv, heads, mask).flatten(0, 1)[to]
+        kv = torch.cat([past.index_select(0, key // K), spread(kv, slot)], 1)
+        return attention(spread(q, to), kv, heads, mask).flatten(0, 1).index_select(0, to)
 
-    own, causal = spread(owner[:, None], slot), place[:P] <= place[:P, None]  # True = may attend
-    mask = F.pad((own == own.mT).tril(), (P, 0), value=True)[:, None]
+    own, causal = spread(owner[:, None], slot), place[:P] <= place[:P, None]
+    mask = F.pad((own == own.mT).tril(), (P, 0), value=True)[:, None]  # True = may attend
     with torch.autocast(suffix.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
         out = (prefix + clip.positional_embedding[:P]).__getitem__
         y = (suffix + clip.positional_embedding[P : P + S])[place[:S] < length[:, None]]  # (n, d)
@@ -338,8 +338,8 @@ def encode_prompts(clip, names, ctx, group=None, position="end"):
     behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
     prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx[:, : M - behind]], 1)
     if behind:
-        rows = [0] * len(suffix) if group is None or len(ctx) == 1 else group
-        suffix = torch.cat([ctx[rows, M - behind :], suffix], 1)  # V, name, rest; to be ordered
+        rows = torch.zeros_like(names.eot) if group is None or len(ctx) == 1 else group
+        suffix = torch.cat([ctx[:, M - behind :].index_select(0, rows), suffix], 1)  # V, name, rest
         j, end = torch.arange(suffix.shape[1], device=ctx.device), names.length[:, None] + behind
         suffix = suffix.take_along_dim(torch.where(j < end, (j + behind) % end, j)[..., None], 1)
     return encode_text(clip, prefix, suffix, names.eot, group)

@@ -106,7 +106,8 @@ def encode(clip, prompt, images, T, top):
         rows = prompt.visual[i].expand(len(X), -1, -1) if i < len(prompt.visual) else None
         if i < J:
             return rows  # replaced in every layer, as the release strips and adds them
-        Q, logits, A = prompt.cavpt[i - J](T[top], X)
+        G = F.embedding(top, T)  # T[top], whose gradient two CPU threads would not sum alike twice
+        Q, logits, A = prompt.cavpt[i - J](G, X)
         layer_logits.append(logits)
         maps.append(A)
         return Q if rows is None else torch.cat([rows, Q], 1)

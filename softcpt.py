@@ -113,7 +113,7 @@ def text_features(clip, prompt, titles, task_rows, names, name_rows, of):
     group, x = of, f_t
     if prompt.per_class:
         f_c = common.encode_prompts(clip, names[0], prompt.class_ctx, name_rows)
-        group, x = torch.arange(len(of), device=of.device), torch.cat([f_c, f_t[of]], 1)
+        group, x = torch.arange(len(of), device=of.device), torch.cat([f_c, F.embedding(of, x)], 1)
     V = prompt.meta(x).unflatten(1, (-1, prompt.task_ctx.shape[-1]))  # (T or C, M, d_t)
     return common.encode_prompts(clip, names[1], V, group)
 

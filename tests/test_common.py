@@ -67,6 +67,37 @@ def test_shared_prefixes_give_the_features_and_gradients_of_77_tokens(clip, grou
     assert close(*(gradients((x * weight).sum(), [ctx])[0] for x in (ours, plain)))
 
 
+@pytest.mark.parametrize("case", ["contexts", "class-aware prompts", "meta-network"])
+def test_two_threads_sum_the_same_gradient_every_time(clip, case):
+    """As repeating a killed run needs; plain indexing adds up rows used twice in any order."""
+    torch.manual_seed(0)
+    texts = list(open_clip.IMAGENET_CLASSNAMES[:300])
+    if case == "contexts":
+        x = torch.randn(2, 8, 128, requires_grad=True)
+        names, group = common.embed_names(clip, texts, 8), torch.randint(2, (300,))
+        run = lambda: common.encode_prompts(clip, names, x, group, "middle")  # noqa: E731
+    elif case == "meta-network":
+        cfg = softcpt.Config(variant="CATA", n_ctx=2, task_n_ctx=2, class_n_ctx=2)
+        prompt, of = softcpt.SoftContext(cfg, 128, 128, 3, 300), torch.randint(3, (300,))
+        x, zeros = prompt.task_ctx, torch.zeros_like(of)
+        titles = common.embed_names(clip, ["a", "b", "c"], 2)
+        pair = common.embed_names(clip, texts, 2), common.embed_names(clip, texts, 2)
+        run = (
+            lambda: softcpt.text_features(  # noqa: E731
+                clip, prompt, titles, zeros[:3], pair, zeros, of
+            )
+        )
+    else:
+        x, top = torch.randn(40, 128, requires_grad=True), torch.randint(40, (32, 10))
+        prompt, images = dpt.DualPrompt(dpt.Config(), clip, 40), torch.randn(32, 3, 32, 32)
+        run = lambda: dpt.encode(clip, prompt, images, x, top)[0]  # noqa: E731
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = {gradients((run() ** 2).sum(), [x])[0].numpy().tobytes() for _ in range(6)}
+    torch.set_num_threads(threads)
+    assert len(seen) == 1
+
+
 def test_untouched_embeddings_give_clips_own_text_features(clip):
     ids = clip.tokenize(["a photo of a cat.", "art of the very large striped star."])
     x = clip.token_embedding(ids)
