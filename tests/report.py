@@ -36,7 +36,7 @@ def read(out):
             row["transferred"] = row["evaluated_on"] in elsewhere or loaded != row["source"]
             kind = row["model"], row["label"], row["source"], row["shots"], row["seed"]
             rows[kind, row["evaluated_on"], row["classes"]] = row
-            last[kind] = row["train_seconds"]
+            last[row["run"]] = row["train_seconds"]
     except (AttributeError, LookupError, TypeError, ValueError) as problem:
         raise common.Error(f"{path} holds a line that is no record of ours: {problem!r}") from None
     folders = defaultdict(set)  # of one name, which then stand apart by their paths
@@ -47,7 +47,7 @@ def read(out):
         if len(folders[row["evaluated_on"]]) > 1 and not row["transferred"]:
             row["evaluated_on"] = row["dataset"]
     return sorted(  # of a run that was trained again, only what its present prompt gave
-        (row for (kind, *_), row in rows.items() if row["train_seconds"] == last[kind]),
+        (row for row in rows.values() if row["train_seconds"] == last[row["run"]]),
         key=lambda r: (ORDER.index(r["method"]) if r["method"] in ORDER else -1, r["label"]),
     )
 
@@ -55,7 +55,9 @@ def read(out):
 def described(row):
     """The method and its options that are not the default, but for those that the tables show."""
     module = "tests.zero_shot" if row["method"] == "zero_shot" else row["method"]
-    shown = common.UPKEEP | {"dataset", "shots", "seed", "classes", "model"}
+    shown = common.UPKEEP | {"dataset", "shots", "seed", "model"}
+    if row["classes"] != "all":  # then the table says base and new
+        shown.add("classes")
     words = [row["method"]]
     for field in dataclasses.fields(importlib.import_module(module).Config):
         value = row["config"].get(field.name, field.default)

@@ -79,6 +79,21 @@ def test_base_and_new_have_std_and_the_harmonic_mean_of_their_means(printed):
     assert lines[9] == ["coop", "average", "77.00", "57.00", f"{2 * 77 * 57 / (77 + 57):.2f}"]
 
 
+def test_base_to_new_and_all_classes_are_two_trainings_beside_each_other(printed):
+    half = {"run": "coop/dtd/16shots_seed1_classes=base", "train_seconds": 2.0}
+    half["config"] = {"transfer": "eurosat", "classes": "base"}
+    lines = printed(
+        row(value=60.0),
+        row(on="eurosat", dataset="dtd", run="coop/dtd/16shots_seed1", value=40.0),
+        row(classes="base", value=80.0, **half),
+        row(classes="new", value=80.0, **half),
+        row(on="eurosat", dataset="dtd", value=30.0, **half),
+    )
+    assert ["coop", "60.00"] in lines
+    assert ["coop", "dtd", "80.00", "80.00", "80.00"] in lines
+    assert ["coop", "40.00"] in lines and ["coop classes=base", "30.00"] in lines
+
+
 def test_folders_of_one_name_are_columns_of_their_own(printed):
     lines = printed(*(row(on="pets", dataset=f"{where}/pets") for where in "ab"))
     assert lines[2] == ["method", "a/pets", "b/pets", "average"]
