@@ -82,9 +82,10 @@ def test_base_and_new_have_std_and_the_harmonic_mean_of_their_means(printed):
 def test_base_to_new_and_all_classes_are_two_trainings_beside_each_other(printed):
     half = {"run": "coop/dtd/16shots_seed1_classes=base", "train_seconds": 2.0}
     half["config"] = {"transfer": "eurosat", "classes": "base"}
+    whole = {"run": "coop/dtd/16shots_seed1", "config": {"transfer": "eurosat"}}
     lines = printed(
-        row(value=60.0),
-        row(on="eurosat", dataset="dtd", run="coop/dtd/16shots_seed1", value=40.0),
+        row(value=60.0, **whole),
+        row(on="eurosat", dataset="dtd", value=40.0, **whole),
         row(classes="base", value=80.0, **half),
         row(classes="new", value=80.0, **half),
         row(on="eurosat", dataset="dtd", value=30.0, **half),
