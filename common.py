@@ -158,8 +158,8 @@ def stop(message):
 
 def run_folder(cfg):
     """runs/<method>/<dataset>/<name>; the name holds every option that changes what is learned."""
-    own = {f.name: v for f in dataclasses.fields(cfg) if (v := getattr(cfg, f.name)) != f.default}
-    own = [f"_{n}={v}" for n, v in own.items() if n not in UPKEEP | {"dataset", "shots", "seed"}]
+    given = {f.name: v for f in dataclasses.fields(cfg) if (v := getattr(cfg, f.name)) != f.default}
+    own = [f"_{n}={v}" for n, v in given.items() if n not in UPKEEP | {"dataset", "shots", "seed"}]
     name = f"{cfg.shots}shots_seed{cfg.seed}" + "".join(own)
     plain = [re.sub(r"[^\w.=+,-]+", "-", part).strip("-.")[:110] for part in (cfg.dataset, name)]
     digest = "-" + hashlib.md5(f"{cfg.dataset}/{name}".encode()).hexdigest()[:8]

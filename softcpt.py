@@ -106,7 +106,7 @@ def text_features(clip, prompt, titles, task_rows, names, name_rows, of):
     """(C, D) features, before normalisation, of classes in the contexts of their tasks. titles:
     embedded task names (T); task_rows (T,): their rows in task_ctx; names: class names embedded for
     class_ctx and for V; name_rows (C,): their rows in class_ctx; of (C,): their tasks. A context
-    table with one row serves all."""
+    table with one row serves all. F.embedding(of, x): x[of], its gradient summed in one order."""
     if prompt.baseline:
         return common.encode_prompts(clip, names[1], prompt.ctx, task_rows[of])
     f_t = common.encode_prompts(clip, titles, prompt.task_ctx, task_rows)

@@ -69,7 +69,7 @@ def test_shared_prefixes_give_the_features_and_gradients_of_77_tokens(clip, grou
 
 
 @pytest.mark.parametrize("case", ["contexts", "class-aware prompts", "meta-network"])
-def test_two_threads_sum_the_same_gradient_every_time(clip, case):
+def test_two_threads_sum_the_same_gradient_every_time(clip, request, case):
     """As repeating a killed run needs; plain indexing adds up rows used twice in any order."""
     torch.manual_seed(0)
     texts = list(open_clip.IMAGENET_CLASSNAMES[:300])
@@ -88,13 +88,12 @@ def test_two_threads_sum_the_same_gradient_every_time(clip, case):
         x, top = torch.randn(40, 128, requires_grad=True), torch.randint(40, (32, 10))
         prompt, images = dpt.DualPrompt(dpt.Config(), clip, 40), torch.randn(32, 3, 32, 32)
         run = partial(dpt.encode, clip, prompt, images, x, top)
-    threads = torch.get_num_threads()
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(2)
     seen = set()
     for _ in range(6):
         out = run()[0] if case == "class-aware prompts" else run()
         seen.add(gradients(out.square().sum(), [x])[0].numpy().tobytes())
-    torch.set_num_threads(threads)
     assert len(seen) == 1
 
 
