@@ -293,11 +293,12 @@ def test_on_a_cpu_freed_memory_is_kept_for_the_next_step(clip):
     def pages():  # handed over and zeroed by the system so far
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-    torch.ones(2**24)
-    before = pages()
-    for _ in range(5):
+    new = []
+    for _ in range(8):  # the first ones may take places of the heap that were never in use
+        before = pages()
         torch.ones(2**24)  # 64 MiB
-    assert pages() - before < 2**26 / resource.getpagesize()
+        new.append(pages() - before)
+    assert min(new) < 2**26 / resource.getpagesize() / 16
 
 
 @pytest.mark.parametrize(
