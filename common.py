@@ -1,40 +1,54 @@
 """What the five methods share, because it can move a number without being the method.
 
-    python common.py --dataset caltech101 [--ensemble]     # zero-shot CLIP
-    python common.py report [--plot accuracy.png]          # the table of all recorded runs
+    python coop.py --dataset caltech101 --shots 16       # a method is a script beside this file
+    python common.py --dataset caltech101 --ensemble     # zero-shot CLIP, the smallest method
+    python common.py predict RUN PICTURES                # a tool; TOOLS, at the end, lists them
 
-Letters: B batch, K classes, M context vectors, G contexts, P rows of a prefix or prompt, S rows
-of a suffix, N patches, d width of a tower, D joint width; f image features, w text features.
-Official files are those of KaiyangZhou/CoOp ff61507 and KaiyangZhou/Dassl.pytorch c61a1b5.
+Chapters, in the order in which a method uses them:
+
+ 1 Options      Config, cli, script; run_folder, where a run is kept
+ 2 CLIP         load_clip; the two frozen towers: encode_text, encode_image
+ 3 Prompts      from class names and contexts to text features: embed_names, encode_prompts
+ 4 Data         load_dataset and a reader per format; few-shot picks, halves of the classes
+ 5 Pictures     decode, views, Loader: batches of augmented pictures
+ 6 Training     Optimizer; resumed, the loop over epochs that survives a kill
+ 7 Evaluation   evaluate: accuracies, records, the last line; zero-shot CLIP
+
+Chapters 1 to 6 decide what is learned; chapter 7 only measures it and writes it down.
+
+Letters: B batch, K classes, M context vectors, G contexts, P tokens of a prefix or rows of a
+prompt, S places for a class's own tokens, n tokens in a list, N patches, d width of a tower, D
+joint width; f image features, w text features. "Official" are the files of KaiyangZhou/CoOp,
+commit ff61507, and KaiyangZhou/Dassl.pytorch, commit c61a1b5.
 """
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import difflib
-import fcntl
-import functools
 import hashlib
 import importlib
 import inspect
-import itertools
+import io
 import json
+import logging
 import math
 import os
+import pickle
 import random
 import re
 import shutil
 import subprocess
 import sys
 import time
+import urllib.parse
 import warnings
-from collections import defaultdict, namedtuple
+import zipfile
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
-import huggingface_hub
 import numpy as np
 import open_clip
 import torch
@@ -43,52 +57,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.data import ImageNetInfo
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as vision
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as vision
 from tqdm import tqdm
 
-try:
-    from tests import shapes  # the default data set and its tiny CLIP
-except ImportError:
-    shapes = None
-
-# Data set, folder below --data, images in it, reader (with a git blob id: split_zhou_<it>.json).
-TABLE = """
-imagenet        imagenet             images                                  wnids
-caltech101      caltech-101          101_ObjectCategories   Caltech101             8be694a80de04a39
-dtd             dtd                  images                 DescribableTextures    8dd197a94b598fa4
-eurosat         eurosat              2750                   EuroSAT                6bdc847a5d5c49dc
-fgvc_aircraft   fgvc_aircraft        images                                  aircraft
-food101         food-101             images                 Food101                39557040ee6501bd
-oxford_flowers  oxford_flowers       jpg                    OxfordFlowers          8d10037b0690b6c6
-oxford_pets     oxford_pets          images                 OxfordPets             fa821d9f9e7d32fd
-stanford_cars   stanford_cars        .                      StanfordCars           dcdb8264712e9940
-sun397          sun397               SUN397                 SUN397                 8d5725db8f70bcf0
-ucf101          ucf101               UCF-101-midframes      UCF101                 ea87e3de7b4f6f00
-imagenetv2      imagenetv2           imagenetv2-matched-frequency-format-val wnids
-imagenet_sketch imagenet-sketch      images                                  wnids
-imagenet_a      imagenet-adversarial imagenet-a                              wnids
-imagenet_r      imagenet-rendition   imagenet-r                              wnids
-"""
-TABLE = {row.split()[0]: row.split()[1:] for row in TABLE.strip().splitlines()}
-PHOTO = "a photo of a {}."
-TEMPLATES = {  # CoOp's CUSTOM_TEMPLATES (trainers/zsclip.py); PHOTO for the others
-    "oxford_pets": "a photo of a {}, a type of pet.",
-    "oxford_flowers": "a photo of a {}, a type of flower.",
-    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
-    "dtd": "{} texture.",
-    "eurosat": "a centered satellite photo of {}.",
-    "food101": "a photo of {}, a type of food.",
-    "ucf101": "a photo of a person doing {}.",
-}
-SEVEN = [t("{}") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # CoOp's ensemble
-IMAGES = tuple(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
-BICUBIC = InterpolationMode.BICUBIC
-TEST_BATCH = 100  # images, as Dassl
-PARTS = "train", "val", "test"
-SCORES = ("zero_shot", "zero_shot_mean_class"), ("accuracy", "mean_class_accuracy")  # percent
-Dataset = namedtuple("Dataset", "name train val test classnames template")
-Names = namedtuple("Names", "sos tail eot length")
+# ------------------------------------------------------------------------------- 1 Options
 
 
 class Error(ValueError):
@@ -97,560 +70,121 @@ class Error(ValueError):
 
 @dataclasses.dataclass
 class Config:
-    dataset: str = "shapes"  # a data set's name or a folder of yours; a comma list makes a grid
-    shots: int = 16  # training images per class, 0 = all; a comma list makes a grid
-    seed: int = 1  # of picks, initialisation and order; a comma list makes a grid
-    classes: Literal["all", "base"] = "all"  # base: train on the first half; base, new and H
-    transfer: str = ""  # comma list of further data sets to evaluate the trained prompt on
-    model: str = "ViT-B-16"  # open_clip name, local-dir:DIR or hf-hub:NAME; shapes has its own
-    pretrained: str = "openai"  # open_clip tag or weights file; "" = random weights
+    """The options that all methods share; the comment behind a field is its text in --help."""
+
     epochs: int = 0  # 0 = the paper's schedule
     batch_size: int = 32  # images per step
-    lr: float = 2e-3  # of SGD, cosine
-    precision: Literal["", "amp", "bf16", "fp32"] = ""  # default: amp on CUDA, else fp32
-    device: str = ""  # default: cuda where there is one, else cpu
+    lr: float = 2e-3  # of SGD, on a cosine
+    dataset: str = "shapes"  # a benchmark's name, or a folder of yours
+    shots: int = 16  # training images per class; 0 = all
+    seed: int = 1  # of the picks, the start, the order and the views
+    classes: Literal["all", "base"] = "all"  # base: train on the first half; base, new and H
+    transfer: str = ""  # comma list of further data sets to evaluate the trained prompt on
+    load: str = ""  # folder of a finished run: evaluate it, train nothing
+    model: str = ""  # open_clip name, local-dir:DIR, hf-hub:NAME; "" = the paper's, or shapes' own
+    pretrained: str = "openai"  # tag or file (TorchScript: OpenAI's, QuickGELU); "" = random
+    precision: Literal["", "amp", "bf16", "fp32"] = ""  # "" = amp on CUDA, else fp32
+    device: str = ""  # "" = cuda where there is one, else cpu
     data: str = "data"  # folder of the data sets
     out: str = "runs"  # folder of everything written
-    download: bool = False  # fetch what is missing below --data
-    workers: int = 8  # threads that decode images
-    cache_gb: float = 0.0  # memory for decoded training images; 0 = a quarter of what is free
-    shard: str = ""  # i/n: only every n-th run of the grid, from the i-th (1 to n)
-    force: bool = False  # redo finished runs
-    load: str = ""  # folder of a finished run: evaluate or ask it, train nothing
-    predict: str = ""  # with --load: images or folders to classify
-    names: str = ""  # with --predict: comma list of class names to choose from
-    json: bool = False  # with --predict: one JSON line per image
-    interpret: bool = False  # with --load: the words nearest to each learned text vector
+    workers: int = 8  # threads that decode and augment images
+    force: bool = False  # delete the run and train anew; with --load, evaluate anew
+
+    paper_model: ClassVar[str] = "ViT-B-16"  # what --model "" stands for
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            least = 1 if field.name in ("batch_size", "workers") else 0
+            if field.type in (int, float) and getattr(self, field.name) < min(least, field.default):
+                raise Error(f"--{field.name} must be at least {least}")
 
 
-# The options from device on do not change what is learned, so they are no part of a run's name.
-UPKEEP = [field.name for field in dataclasses.fields(Config)]
-UPKEEP = {*UPKEEP[UPKEEP.index("device") :], "transfer", "attention", "task"}
+NOT_LEARNED = "transfer load device data out workers force".split()  # not in a run's name
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are Errors."""
+
+    def error(self, message):
+        raise Error(f"{message}; --help lists every option")
 
 
 def cli(cls, argv=None):
-    """Command line -> cls, a Config; a field's comment is its help, shots and seed may be lists."""
-    source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])
+    """The Config class cls, filled from the command line; with --load RUN, by the options that RUN
+    was trained with, but for those typed. Raises Error."""
+    lineage = cls.__mro__[-2::-1]  # Config first, cls last
+    source = "".join(inspect.getsource(c) for c in lineage)
     notes = dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.M))
-    form, about = argparse.RawDescriptionHelpFormatter, sys.modules[cls.__module__].__doc__
-    parser = argparse.ArgumentParser(description=about, formatter_class=form, allow_abbrev=False)
-    parser.error = lambda m: stop(f"{m}; --help lists every option".replace("<lambda>", "N,.."))
-    for field in dataclasses.fields(cls):
-        kind = {"type": field.type, "metavar": getattr(field.type, "__name__", "").upper()}
+    parser = Parser(
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not typed stays out of `typed`
+    )
+    shared = [field.name for field in dataclasses.fields(Config)]
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name in shared):
+        kind = {"type": field.type}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif choices := get_args(field.type):
-            kind = {"choices": choices}
-        elif field.name in ("shots", "seed"):
-            kind = {"type": lambda text: [int(n) for n in text.split(",")], "metavar": "N,.."}
-        elif field.name == "predict":
-            kind = {"nargs": "+", "metavar": "PATH"}
-        note = notes.get(field.name, "").replace("%", "%%") + f" [{field.default}]"
-        parser.add_argument(f"--{field.name}", default=field.default, help=note, **kind)
-    return cls(**vars(parser.parse_args(argv)))
+        elif get_args(field.type):
+            kind = {"choices": get_args(field.type)}
+        note = f"{notes.get(field.name)} [{field.default}]"
+        parser.add_argument(f"--{field.name}", help=note, **kind)
+    typed = vars(parser.parse_args(argv))
+    try:
+        if typed.get("load"):
+            trained = read_prompt(typed["load"])[1]["config"]
+            known = {field.name for field in dataclasses.fields(cls)} - set(NOT_LEARNED)
+            typed = {name: trained[name] for name in known & set(trained)} | typed
+        return cls(**typed)
+    except (TypeError, LookupError) as problem:
+        raise Error(f"--load {typed.get('load')}: its options are not ours ({problem})") from None
 
 
-def stop(message):
-    """Ends the program: one line on stderr, exit code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+def script(main):
+    """Runs main(). Bad input ends in one printable line on stderr and exit code 2."""
+    try:
+        return main()
+    except (Error, OSError) as problem:
+        line = str(problem)
+    except KeyboardInterrupt:
+        line = "interrupted; the same command goes on after the last whole epoch"
+    print("error:", "".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
     raise SystemExit(2)
 
 
-def run_folder(cfg):
-    """runs/<method>/<dataset>/<name>; the name holds every option that changes what is learned."""
-    given = {f.name: v for f in dataclasses.fields(cfg) if (v := getattr(cfg, f.name)) != f.default}
-    own = [f"_{n}={v}" for n, v in given.items() if n not in UPKEEP | {"dataset", "shots", "seed"}]
-    name = f"{cfg.shots}shots_seed{cfg.seed}" + "".join(own)
-    plain = [re.sub(r"[^\w.=+,-]+", "-", part).strip("-.")[:110] for part in (cfg.dataset, name)]
-    digest = "-" + hashlib.md5(f"{cfg.dataset}/{name}".encode()).hexdigest()[:8]
-    return Path(cfg.out, method(cfg), plain[0], plain[1] + digest * (plain != [cfg.dataset, name]))
-
-
 def method(cfg):
-    return Path(inspect.getfile(type(cfg))).stem
-
-
-def tool(name):
-    """tests/<name>.py: what no number depends on stays out of this file."""
-    try:
-        return importlib.import_module(f"tests.{name}")
-    except ModuleNotFoundError as problem:
-        stop(f"{problem}: this needs the repository's tests/ beside common.py")
-
-
-@functools.lru_cache(1)
-def load_clip(model, pretrained="openai", device="cpu", precision="fp32"):
-    """An open_clip model of class CLIP, frozen, in eval mode, QuickGELU as its tag (or file) says.
-    model: open_clip name, "local-dir:DIR" or "hf-hub:NAME"; pretrained: tag, file, "" for random
-    weights. precision "amp" (fp16) or "bf16" hold the towers' matrices in half, all else in fp32.
-    Adds .tokenize, .half_dtype (None in fp32), .fingerprint (of fp32 weights). Raises Error."""
-    named, known = ":" not in model, open_clip.list_models()
-    if named and model not in known:
-        near = ", ".join(difflib.get_close_matches(model, known, 3, 0.3))
-        raise Error(f"--model {model}: open_clip has no such model; near it: {near}")
-    options = {"pretrained": named and pretrained or None, "require_pretrained": not named}
-    if named and (tag := open_clip.get_pretrained_cfg(model, pretrained)):
-        options["quick_gelu"] = tag.get("quick_gelu", False)
-    try:
-        torch.empty(0, device=device)
-        huggingface_hub.utils.logging.set_verbosity_error()  # instead of 40 lines of retries
-        with warnings.catch_warnings(action="ignore"):
-            clip = open_clip.create_model(model, **options)
-        clip.tokenize, clip.half_dtype = open_clip.get_tokenizer(model), None
-    except Exception as problem:  # open_clip raises many kinds
-        raise Error(f"--model {model}: {problem} (--device {device})") from None
-    clip.requires_grad_(False).eval()
-    if device == "cpu" and sys.platform == "linux":  # freed memory stays ours: no new page faults
-        for option in (-4, 0), (-1, -1):  # glibc, whole process: M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(*option)
-    try:  # the towers below must give the model's own features
-        ids, size = clip.tokenize(["a photo of a dog"]), np.max(clip.visual.image_size)
-        x, image = clip.token_embedding(ids), torch.rand(1, 3, size, size)
-        ours = encode_text(clip, x[:, :1], x[:, 1:], ids.argmax(1)), encode_image(clip, image)
-        theirs = clip.encode_text(ids), clip.encode_image(image)
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError):
-        why = "is not of open_clip's class CLIP with a causal text tower and OpenAI's ViT or ResNet"
-        raise Error(f"--model {model} is not supported: its {type(clip).__name__} {why}") from None
-    digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    clip.fingerprint = digest.hexdigest()[:16]
-    clip.half_dtype = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": None}[precision]
-    if clip.half_dtype:
-        open_clip.model.convert_weights_to_lp(clip, clip.half_dtype)
-    return clip.to(device)
-
-
-def _block(block, x, attend):
-    """A frozen pre-LN block on x (..., d); attend(q, kv): attention of q to kv (..., 2d). Returns
-    out(rows), its output at an index of x, so that only the rows in use are computed, and kv."""
-    attn, d = block.attn, x.shape[-1]
-    y = block.ln_1(x)
-    kv = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:])
-
-    def out(rows):
-        q = F.linear(y[rows], attn.in_proj_weight[:d], attn.in_proj_bias[:d])
-        z = x[rows] + block.ls_1(attn.out_proj(attend(q, kv, heads=attn.num_heads)))
-        return z + block.ls_2(block.mlp(block.ln_2(z)))
-
-    return out, kv
-
-
-def attention(q, kv, heads, mask=None):
-    """Attention of q (B, Q, d) to keys and values kv (B, T, 2d); mask: True = may attend."""
-    parts = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1))]
-    return F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-def encode_text(clip, prefix, suffix, eot, group=None):
-    """(K, D) fp32 features of prefix + suffix, as clip.encode_text: in a causal tower nothing
-    before the class name depends on it and nothing after the EOT reaches it, so each prefix runs
-    once and the suffixes, cut at their EOT, attend to its keys and values. prefix (G, P, d), suffix
-    (K, S, d): token embeddings without positions. eot (K,): place in the whole. group (K,): each
-    class's prefix (None or one: row 0). In attention, 8 neighbours share a copy of their prefix."""
-    (K, S, _), (G, P, _), blocks = suffix.shape, prefix.shape, clip.transformer.resblocks
-    place, length = torch.arange(P + K * S, device=eot.device), eot + 1 - P
-    owner = place[:K].repeat_interleave(length)  # (n,) class of each token; no padding
-    group = torch.zeros_like(eot) if group is None or G == 1 else group
-    key, row = (group * K + place[:K] // 8).unique_consecutive(return_inverse=True)  # (R,), (K,)
-    count = row[owner].bincount()  # tokens of each row
-    filled = place[: count.max()] < count[:, None]  # (R, W): in attention's R rows of W places
-    slot = filled.flatten().nonzero()[:, 0]  # (n,) place of each token there
-
-    def spread(x, to):  # (n, c) -> (R, W, c): row i at place to[i], 0 where none stands
-        return x.new_zeros(filled.numel(), x.shape[1]).index_copy_(0, to, x).view(*filled.shape, -1)
-
-    def attend(q, kv, heads, past, to):
-        kv = torch.cat([past.index_select(0, key // K), spread(kv, slot)], 1)
-        return attention(spread(q, to), kv, heads, mask).flatten(0, 1).index_select(0, to)
-
-    own, causal = spread(owner[:, None], slot), place[:P] <= place[:P, None]
-    mask = F.pad((own == own.mT).tril(), (P, 0), value=True)[:, None]  # True = may attend
-    with torch.autocast(suffix.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
-        out = (prefix + clip.positional_embedding[:P]).__getitem__
-        y = (suffix + clip.positional_embedding[P : P + S])[place[:S] < length[:, None]]  # (n, d)
-        for block in blocks:
-            out, past = _block(block, out(...), functools.partial(attention, mask=causal))
-            rows = length.cumsum(0) - 1 if block is blocks[-1] else ...  # there only the EOTs
-            y = _block(block, y, functools.partial(attend, past=past, to=slot[rows]))[0](rows)
-        return (clip.ln_final(y) @ clip.text_projection).float()
-
-
-def encode_image(clip, images, prompts=None, patches=False):
-    """Image features, with prompt rows from one hook: prompts(i, tokens) is asked before block i,
-    and at i = -1 before ln_pre, with the (B, 1 + N, d) tokens that are not prompts. The (P, d) or
-    (B, P, d) rows it returns replace the prompt rows, None keeps them. images (B, 3, H, W),
-    normalised. Returns (B, D) fp32 features, with patches also (B, N, D). Error for a ResNet."""
-    visual = clip.visual
-    with torch.autocast(images.device.type, clip.half_dtype, enabled=bool(clip.half_dtype)):
-        if not hasattr(visual, "transformer"):
-            if prompts or patches:
-                raise Error("this image tower takes no visual prompts; try --model ViT-B-16")
-            return visual(images).float()
-        x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
-        out, count = (x + visual.positional_embedding).__getitem__, x.shape[1]
-        for i, block in enumerate([visual.ln_pre, *visual.transformer.resblocks], -1):
-            tokens = out(np.s_[:, :count])
-            stay = (rows := prompts and prompts(i, tokens)) is None
-            rows = out(np.s_[:, count:]) if stay else rows.expand(len(x), -1, -1).to(x.dtype)
-            x = torch.cat([tokens, rows], 1) if rows.shape[1] else tokens
-            out = _block(block, x, attention)[0] if i >= 0 else block(x).__getitem__
-            if (stay or not rows.shape[1]) and block is not visual.transformer.resblocks[-1]:
-                out = out(...).__getitem__  # what stayed likely stays again: all rows in one go
-        x = visual.ln_post(out(np.s_[:, : count if patches else 1])) @ visual.proj
-    return (x[:, 0].float(), x[:, 1:].float()) if patches else x[:, 0].float()
-
-
-def unit_features(clip, images):
-    """(B, D) unit features of the frozen image tower."""
-    with torch.no_grad():
-        return F.normalize(encode_image(clip, images), dim=-1)
-
-
-def embed_names(clip, names, n_ctx, template="{}."):
-    """What surrounds a context in "[SOS] X ... X <name>.", with n_ctx places X: sos (1, 1, d), tail
-    (K, S, d) from the name on, eot (K,) position, length (K,) tokens of the name in the sentence,
-    where a "." may merge. Raises Error for a name that is too long."""
-    names = [name.replace("_", " ") for name in names]
-    texts = [" ".join(["X"] * n_ctx + [template.format(name)]) for name in names]
-    for text, name in zip(texts, names, strict=True):
-        if len(clip.tokenize.encode(text)) + 2 > clip.context_length:
-            raise Error(f"class name {name[:60]!r} is too long for {clip.context_length} tokens")
-    ids = clip.tokenize(texts).to(clip.logit_scale.device)
-    x, eot = clip.token_embedding(ids[:, : ids.argmax(1).max() + 1]), ids.argmax(1)
-    return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, eot - n_ctx - 2)
-
-
-@torch.no_grad()
-def zero_shot_weights(clip, dataset, templates=None):
-    """(K, T, D) unit text features of each class in the T templates (None: the data set's own)."""
-    templates, empty = templates or [dataset.template], clip.positional_embedding[None, :0]
-    names = [embed_names(clip, dataset.classnames, 0, t) for t in templates]
-    return F.normalize(torch.stack([encode_prompts(clip, n, empty) for n in names], 1), dim=-1)
-
-
-def encode_prompts(clip, names, ctx, group=None, position="end"):
-    """(K, D) features of [SOS] V [CLASS] "." [EOS] (official coop.py) for names of embed_names and
-    contexts ctx (G, M, d). group (K,): each class's context; position: of the name, against V."""
-    M, suffix = ctx.shape[1], names.tail
-    behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
-    prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx[:, : M - behind]], 1)
-    if behind:
-        rows = torch.zeros_like(names.eot) if group is None or len(ctx) == 1 else group
-        suffix = torch.cat([ctx[:, M - behind :].index_select(0, rows), suffix], 1)  # V, name, rest
-        j, end = torch.arange(suffix.shape[1], device=ctx.device), names.length[:, None] + behind
-        suffix = suffix.take_along_dim(torch.where(j < end, (j + behind) % end, j)[..., None], 1)
-    return encode_text(clip, prefix, suffix, names.eot, group)
-
-
-def load_dataset(name, root="data", fetch=False):
-    """Dataset(name, train, val, test, classnames, template) with items (path, label, classname), of
-    a name of TABLE, of the shapes world, or a folder of class folders. Only lists are read: a
-    missing image is named when opened. fetch: download what is not there. Raises Error."""
-    task = shapes.TASKS.get(name) if shapes else None
-    if task or name not in TABLE:
-        folder = shapes.write(Path(root), name) if task else Path(name)
-        if not folder.is_dir():
-            known = [*TABLE, *(shapes.TASKS if shapes else ())]
-            near = ", ".join(difflib.get_close_matches(name, known, 3, 0.4) or known)
-            raise Error(f"no data set or folder {name!r}; there is {near}")
-        title, template = (name, task.template) if task else (folder.resolve().name, PHOTO)
-        return _checked(title, _from_folders(folder), template, folder)
-    folder, images, reader, *blob = TABLE[name]
-    folder, template = Path(root, folder), TEMPLATES.get(name, PHOTO)
-    split, images = folder / f"split_zhou_{reader}.json", folder / images
-    source = split if blob else folder
-    if fetch:
-        tool("download").download(name, root)
-    if not (images / ("cars_train" if name == "stanford_cars" else "")).is_dir():
-        raise Error(f"no {images}; --download fetches it (imagenet's train/, val/: image-net.org)")
-    if blob and not split.exists():
-        tool("download").fetch_split(split, *blob)
-    try:
-        if blob:
-            parts = json.loads(split.read_text("utf-8"))
-            parts = [[(f"{images}/{i}", y, str(c)) for i, y, c in parts[p]] for p in PARTS]
-            if not all(type(y) is int and y >= 0 for part in parts for _, y, _ in part):
-                raise ValueError("a label is not 0, 1, ...")
-        elif reader == "aircraft":
-            variants = (folder / "variants.txt").read_text("utf-8").splitlines()
-            lines = [(folder / f"images_variant_{p}.txt").read_text().splitlines() for p in PARTS]
-            pairs = [[line.split(" ", 1) for line in part] for part in lines]
-            parts = [[(f"{images}/{i}.jpg", variants.index(v), v) for i, v in p] for p in pairs]
-        else:
-            parts = _from_wnids(name, images)
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as problem:
-        raise Error(f"{source} is not as published ({problem}); get it anew") from None
-    return _checked(name, parts, template, source)
-
-
-def _checked(name, splits, template, source):
-    """The Dataset of three item lists, its classes named by label. Raises Error naming source."""
-    if not splits[2]:
-        raise Error(f"{source}: no test image")
-    names = {label: c for items in reversed(splits) for _, label, c in items}
-    trained = {label for _, label, _ in splits[0] or splits[2]}
-    if len(names) < 2:
-        raise Error(f"{source}: fewer than two classes; nothing to tell apart")
-    if missing := sorted(set(range(max(names) + 1)) - trained):
-        raise Error(f"{source}: class {names.get(missing[0], missing[0])!r} has no training image")
-    return Dataset(name, *splits, [names[label] for label in sorted(names)], template)
-
-
-def listed(folder, folders=False):
-    """Sorted names of the images (or folders) in folder, stray and hidden ones left out."""
-    found = sorted(n for n in (os.listdir(folder) if folder.is_dir() else ()) if n[0] != ".")
-    return [n for n in found if ((folder / n).is_dir() if folders else n.lower().endswith(IMAGES))]
-
-
-def _from_wnids(name, root):
-    """By WordNet folder (V2: by label), sorted; CoOp's listing was not, so its picks varied."""
-    keys = ImageNetInfo().label_names() if name != "imagenetv2" else map(str, range(1000))
-    title = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
-    splits = [[], [], []]
-    for k, part in [(0, "train"), (2, "val")] if name == "imagenet" else [(2, "")]:
-        found = set(listed(root / part, True))
-        for i, c in enumerate(c for c in title if c in found):  # in the order of labels
-            splits[k] += [(f"{root / part / c}/{f}", i, title[c]) for f in listed(root / part / c)]
-    return splits
-
-
-def _from_folders(folder):
-    """Class folders in train/, test/ and, if you like, val/; or alone, split 50/20/30 per class."""
-    own = (folder / "train").is_dir()
-    classes = listed(folder / "train" if own else folder, True)
-    if own and (odd := set(listed(folder / "test", True)) ^ set(classes)):
-        raise Error(f"{folder}: class {min(odd)!r} is not in both train/ and test/")
-    splits = []
-    for place in [folder / part for part in PARTS] if own else [folder]:
-        files = [[f"{place}/{c}/{file}" for file in listed(place / c)] for c in classes]
-        splits.append([[(f, i, c) for f in files[i]] for i, c in enumerate(classes)])
-    if not own:
-        groups, cuts = splits[0], [(0, 0.5), (0.5, 0.7), (0.7, 1)]
-        for group in groups:
-            random.Random(0).shuffle(group)
-        splits = [[g[round(a * len(g)) : round(b * len(g))] for g in groups] for a, b in cuts]
-    for c, train, test in zip(classes, splits[0], splits[2], strict=True):
-        if not (train and test):
-            raise Error(f"{folder}: class {c!r} has no {'training' if test else 'test'} image")
-    return [sum(groups, []) for groups in splits]
-
-
-def sample_few_shot(dataset, shots, seed):
-    """CoOp's few-shot picks (Dassl data/datasets/base_dataset.py): classes by first appearance,
-    train then val (at most 4) from one stream; too few, or 0 shots: all. test is never sampled."""
-    rng = random.Random(seed)
-
-    def few(items, k):
-        groups = defaultdict(list)
-        for item in items:
-            groups[item[1]].append(item)
-        return [x for g in groups.values() for x in (rng.sample(g, k) if 0 < k <= len(g) else g)]
-
-    return dataset._replace(train=few(dataset.train, shots), val=few(dataset.val, min(shots, 4)))
-
-
-def subset_classes(dataset, half):
-    """The "base" (first, larger) or "new" half of the classes, relabelled (CoOp oxford_pets.py)."""
-    labels = sorted({label for _, label, _ in dataset.train or dataset.test})
-    m = math.ceil(len(labels) / 2)
-    new = {label: i for i, label in enumerate(labels[:m] if half == "base" else labels[m:])}
-    parts = [[(path, new[y], c) for path, y, c in items if y in new] for items in dataset[1:4]]
-    return Dataset(dataset.name, *parts, [dataset.classnames[y] for y in new], dataset.template)
-
-
-def digest(items):
-    """Hash of labels, class names, and the files' names and sizes (tensors: their sums)."""
-    sizes = [x.sum().item() if torch.is_tensor(x) else os.path.getsize(x) for x, *_ in items]
-    names = [(os.path.basename(str(x)), *label) for x, *label in items]
-    return hashlib.md5(repr((sizes, names)).encode()).hexdigest()
-
-
-def decode(picture):
-    """(3, H, W) uint8 RGB of a path, as PIL reads it; a tensor passes. Raises Error naming it."""
-    if isinstance(picture, torch.Tensor):
-        return picture
-    try:
-        with Image.open(picture) as image:
-            if image.mode.startswith("I"):  # 16 bit, which convert would clip to white
-                image = image.point(lambda v: v * (1 / 257)).convert("L")
-            return vision.pil_to_tensor(image.convert("RGB"))
-    except Exception as problem:  # PIL raises many kinds
-        raise Error(f"cannot read image {picture}: {problem}") from None
-
-
-def decoded(pool, groups):
-    """Yields each group of paths as decoded pictures, the next group being decoded meanwhile."""
-    ahead = []
-    for group in itertools.chain(groups, [[]]):
-        done, ahead = ahead, [pool.submit(decode, picture) for picture in group]
-        if done:
-            yield [future.result() for future in done]
-
-
-def views(clip, pictures, boxes=None, mirror=None):
-    """(B, 3, side, side) normalised views of uint8 pictures, antialiased bicubic as PIL's: boxes
-    (top, left, height, width), then mirrored where mirror says; None: the centred test view."""
-    size, x = int(np.max(clip.visual.image_size)), [p.to(clip.logit_scale.device) for p in pictures]
-    if boxes is None:
-        x = [vision.center_crop(vision.resize(p, size, BICUBIC), size) for p in x]
-    else:
-        x = [vision.resized_crop(p, *b, [size] * 2, BICUBIC) for p, b in zip(x, boxes, strict=True)]
-        x = [p.flip(-1) if flip else p for p, flip in zip(x, mirror, strict=True)]
-    return vision.normalize(torch.stack(x) / 255, clip.visual.image_mean, clip.visual.image_std)
-
-
-def loader(cfg, clip, data, frozen=False, repeat=0):
-    """batches(epoch), an iterator over (x, labels) of data.train. x: augmented images (B, 3, side,
-    side), or with frozen=True unit features (B, D), encoded for the whole epoch first. repeat:
-    encode this many epochs' views and use them in turn. Views and order depend on (seed, epoch).
-    As Dassl's: a short last batch dropped unless alone; random crop (area .08 to 1) and flip."""
-    pool, n, encoded = ThreadPoolExecutor(cfg.workers), len(data.train), {}
-    if not n and not cfg.load:
-        raise Error(f"{data.name} has no training images; evaluate on it with --transfer")
-    pictures = [item[0] for item in data.train]
-    labels = torch.tensor([item[1] for item in data.train], device=clip.logit_scale.device)
-    room = cfg.cache_gb * 1e9 or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    chunks = [list(range(i, min(i + 256, n))) for i in range(0, n, 256)]
-    for rows in tqdm(chunks, "decoding", leave=False, disable=n < 5000):
-        if room > 0:
-            pictures[rows[0] : rows[-1] + 1] = pool.map(decode, [pictures[i] for i in rows])
-            room -= sum(pictures[i].numel() for i in rows)
-    scale = shapes.CROP if shapes and data.name in shapes.TASKS else (0.08, 1.0)
-
-    def augmented(epoch, groups):
-        names = ([pictures[i] for i in rows] for rows in groups)
-        for rows, group in zip(groups, decoded(pool, names), strict=True):
-            boxes, mirror = [], []
-            with torch.random.fork_rng([]):
-                for i, picture in zip(rows, group, strict=True):
-                    torch.default_generator.manual_seed(hash((cfg.seed, epoch, i)) % 2**63)
-                    boxes.append(RandomResizedCrop.get_params(picture, scale, (3 / 4, 4 / 3)))
-                    mirror.append(torch.rand(()) < 0.5)
-            yield rows, views(clip, group, boxes, mirror)
-
-    def batches(epoch):
-        order = torch.Generator().manual_seed(hash((cfg.seed, epoch)) % 2**63)
-        order = torch.randperm(n, generator=order).tolist()
-        end = n if n < cfg.batch_size else n - n % cfg.batch_size
-        groups = [order[i : i + cfg.batch_size] for i in range(0, end, cfg.batch_size)]
-        if not frozen:
-            yield from ((x, labels[rows]) for rows, x in augmented(epoch, groups))
-            return
-        view = epoch % repeat if repeat else epoch
-        if view not in encoded:
-            if not repeat:
-                encoded.clear()
-            encoded[view] = torch.cat([unit_features(clip, x) for _, x in augmented(view, chunks)])
-        yield from ((encoded[view][rows], labels[rows]) for rows in groups)
-
-    return batches
-
-
-def sgd_cosine(groups, lr, epochs, warmup=1):
-    """(optimizer, scheduler): SGD with momentum .9, weight decay 5e-4; groups: parameters, or dicts
-    {"params", "lr", "warmup"}. After k scheduler.step() calls the rate is 1e-5 for k < warmup, then
-    lr/2 (1 + cos(pi (k - warmup) / epochs)), so never 0 (Dassl optim/lr_scheduler.py)."""
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=5e-4)
-
-    def rate(k, w, top):
-        return 1e-5 / (top or 1) if k < w else (1 + math.cos(math.pi * (k - w) / epochs)) / 2
-
-    pairs = [(g.get("warmup", warmup), g["lr"]) for g in optimizer.param_groups]
-    factors = [functools.partial(rate, w=w, top=top) for w, top in pairs]
-    vars(optimizer).update(losses=[], skipped=0, scaler=torch.amp.GradScaler(enabled=False))
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-
-
-def step(loss, optimizer, times=1):
-    """Backward, and `times` SGD steps with the gradient; none where fp16 gradients overflowed."""
-    scaler, before = optimizer.scaler, optimizer.scaler.get_scale()
-    optimizer.losses.append(loss.detach())
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.skipped += (skipped := scaler.get_scale() < before)
-    for _ in range(0 if skipped else times - 1):
-        optimizer.step()
-
-
-def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
-    """Yields the epochs still to be trained; keeps a checkpoint after each and goes on from it;
-    last, prompt.safetensors: the learnables and what they belong to, loaded where it exists. Raises
-    Error if those were other images, or after an epoch with a loss not finite (fp16: stays so)."""
-    folder, first, seconds = run_folder(cfg), 0, 0.0
-    part, final = folder / "checkpoint.safetensors", folder / "prompt.safetensors"
-    sets, done = data if type(data) is list else [data], cfg.load or final.exists()
-    images = digest(items := sum((d.train for d in sets), []))
-    fp16, device = clip.half_dtype is torch.float16, clip.logit_scale.device.type
-    optimizer.scaler = scaler = torch.amp.GradScaler(device, enabled=fp16)
-    if done or part.exists():
-        tensors, meta = restore(cfg, clip, prompt, None if done else part)
-        if not cfg.load and meta.get("images", images) != images:
-            raise Error(f"{folder} was trained on other images or class names; --force redoes it")
-        if done:
-            return
-        state = {int(k[9:]): {"momentum_buffer": tensors[k]} for k in tensors if "momentum." in k}
-        optimizer.load_state_dict({"state": state, "param_groups": meta["groups"]})
-        scaler.load_state_dict(meta["scaler"] or scaler.state_dict())  # {} after fp32
-        first, seconds, scheduler.last_epoch, optimizer.skipped = meta["progress"]
-    write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
-    sets = [d._replace(train=[], val=[], test=[]) for d in sets]
-    title = f"{method(cfg)} {cfg.dataset} {cfg.shots} shots seed {cfg.seed}, {len(items)} images"
-    bar = tqdm(range(first, epochs), title, epochs, initial=first, unit="epoch")
-    for epoch in bar:
-        torch.manual_seed(hash((cfg.seed, epoch)) % 2**63)  # for dropout and class sampling
-        optimizer.losses, start = [], time.time()
-        yield epoch
-        losses = torch.stack(optimizer.losses).tolist()
-        if (bad := [x for x in losses if not math.isfinite(x)]) and scaler.get_scale() <= 1:
-            raise Error(f"the loss is {bad[0]}: lower --lr, or try --precision fp32")
-        bar.set_postfix(loss=f"{np.mean(losses):.3f}")
-        seconds += time.time() - start
-        tensors, state, last = prompt.state_dict(), optimizer.state_dict(), epoch + 1 == epochs
-        for i, buffers in state["state"].items() if not last else ():
-            tensors[f"momentum.{i}"] = buffers["momentum_buffer"]
-        meta = {"method": method(cfg), "fingerprint": clip.fingerprint, "config": vars(cfg)}
-        meta |= {"data": sets, "images": images, "groups": state["param_groups"]}
-        meta["progress"] = epoch + 1, seconds, scheduler.last_epoch, optimizer.skipped
-        meta["scaler"] = scaler.state_dict()
-        write(final if last else part, save(tensors, {"json": json.dumps(meta)}))
-    part.unlink(missing_ok=True)
-    if optimizer.skipped:
-        print(f"{optimizer.skipped} steps were skipped, because fp16 gradients overflowed")
-
-
-def restore(cfg, clip=None, prompt=None, path=None):
-    """(tensors, metadata) of a prompt or checkpoint file, put into prompt. Raises Error."""
-    path = path or Path(cfg.load or run_folder(cfg), "prompt.safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["json"])
-        fields = dataclasses.fields(cfg) if meta["method"] == method(cfg) else ()
-        meta["config"] = {f.name: meta["config"][f.name] for f in fields}
-        meta["data"] = [Dataset(*d) for d in meta["data"]]
-        tensors, owner, weights = load_file(path), meta["method"], meta["fingerprint"]
-    except Exception as problem:  # safetensors raises kinds of its own
-        raise Error(f"{path} is no finished run of ours, for --load to name: {problem}") from None
-    if owner != method(cfg):
-        raise Error(f"{path} belongs to {owner}.py, not to {method(cfg)}.py")
-    if clip and weights != clip.fingerprint:
-        raise Error(f"{path} was trained with other CLIP weights, of {meta['config']['model']}")
-    try:
-        if prompt:
-            prompt.load_state_dict({n: t for n, t in tensors.items() if "momentum." not in n})
-    except RuntimeError as problem:
-        raise Error(f"{path} does not fit these options: {problem}") from None
-    return tensors, meta
+    """The name of the script that cfg belongs to."""
+    return Path(inspect.getfile(type(cfg))).stem.replace("common", "zero_shot")
+
+
+def run_folder(cfg):
+    """runs/<method>/<dataset>/<name>: the name holds every option that changes what is learned."""
+    name = f"{cfg.shots}shots_seed{cfg.seed}"
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if value != field.default and field.name not in (*NOT_LEARNED, "dataset", "shots", "seed"):
+            name += f"_{field.name}={value}"
+    place = Path(cfg.out, method(cfg), file_name(cfg.dataset), file_name(name))
+    return Path(cfg.load) if cfg.load else place
+
+
+def file_name(text):
+    """text as a name that every disk takes, a name of its own for every text."""
+    name = urllib.parse.quote(text, safe="=, ", errors="surrogatepass")
+    if len(name) > 200 or not name.strip("."):  # too long, or a folder above
+        name = name[:150] + hashlib.sha256(name.encode()).hexdigest()[:16]
+    return name
+
+
+def seed_of(*numbers):
+    """One seed for several whole numbers; their hash is the same in every process."""
+    return hash(numbers) % 2**63
 
 
 def write(path, content):
-    """Writes bytes to path at once or not at all: through a file beside it that is then renamed."""
+    """Writes bytes to path whole or not at all: to a draft beside it, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # two hosts share process ids
     try:
         draft.write_bytes(content)
         draft.replace(path)
@@ -658,143 +192,1018 @@ def write(path, content):
         draft.unlink(missing_ok=True)
 
 
-def test_pictures(cfg, items):
-    """Yields the items' decoded pictures, TEST_BATCH at a time, with a progress bar."""
-    groups = [[i[0] for i in items[k : k + TEST_BATCH]] for k in range(0, len(items), TEST_BATCH)]
-    return decoded(ThreadPoolExecutor(cfg.workers), tqdm(groups, "test images", leave=False))
+# ---------------------------------------------------------------------------------- 2 CLIP
 
 
-def frozen_features(cfg, clip, items):
-    """(n, D) unit features of the items' test views, kept below --out for as long as weights,
-    precision, preprocessing and every file (size, time) stay the same. Raises Error."""
-    files = [(os.path.abspath(i[0]), *os.stat(i[0])[6:9:2]) for i in items]
-    key = [clip.fingerprint, str(clip.half_dtype), str(clip.visual.preprocess_cfg), files]
-    path = Path(cfg.out, "features", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32])
-    with contextlib.suppress(Exception):  # absent, or broken by a full disk: computed anew
-        return load_file(path)["f"].to(clip.logit_scale.device)
-    f = torch.cat([unit_features(clip, views(clip, p)) for p in test_pictures(cfg, items)])
-    with contextlib.suppress(OSError):  # a full disk only costs the time to compute it again
-        write(path, save({"f": f.cpu()}))
-    return f
+class Clip:
+    """A frozen open_clip model in eval mode, and what the methods ask of it besides.
+
+    tokenize, device; scale: exp(logit_scale) = 1 / tau, on the device; image_size in pixels; mean
+    and std (3, 1, 1); fingerprint: of weights, heads and activation; half: torch.float16 ("amp"),
+    torch.bfloat16 or None (fp32): what the towers' matrices are held and multiplied in, while
+    norms, learnables, logits and losses stay fp32. All else, as clip.visual, is the model's own.
+    """
+
+    def __init__(self, model, tokenize, device="cpu", precision="fp32"):
+        model.requires_grad_(False).eval()
+        self.fingerprint = fingerprint(model)
+        self.half = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": None}[precision]
+        if self.half:
+            open_clip.model.convert_weights_to_lp(model, self.half)
+        self.model, self.tokenize = model.to(device), tokenize
+        self.scale = self.model.logit_scale.exp()
+        self.device = self.scale.device
+        self.image_size = int(np.max(model.visual.image_size))
+        colours = torch.tensor([model.visual.image_mean, model.visual.image_std])
+        self.mean, self.std = to_device(colours[..., None, None], self.device)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def blocks(self):
+        """The image tower's transformer blocks. Raises Error for a ResNet."""
+        if not hasattr(self.visual, "transformer"):
+            raise Error("visual prompts need a ViT, and this --model is a ResNet; try ViT-B-16")
+        return self.visual.transformer.resblocks
+
+    def autocast(self):
+        """The context in which the towers run."""
+        return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
 
 
-def classify(cfg, clip, items, logits, images):
-    """(n, K) logits of the items' test views; logits(f, x) as train's predictor returns it."""
-    f = frozen_features(cfg, clip, items).split(TEST_BATCH)
-    x = (views(clip, p) for p in test_pictures(cfg, items)) if images else itertools.repeat(None)
-    with torch.no_grad():
-        return torch.cat([logits(*pair).float().cpu() for pair in zip(f, x, strict=False)])
+def fingerprint(model):
+    """Hash of a model's weights, layers (its activation among them) and heads."""
+    heads = [getattr(module, "num_heads", 0) for module in model.modules()]
+    total = hashlib.sha256(f"{model} {heads}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
-def evaluate(logits, labels):
-    """(overall, mean per class) accuracy in percent of logits (n, K) for labels (n,)."""
-    right = 100 * (logits.argmax(1) == labels).double()
-    return right.mean().item(), np.mean([right[labels == k].mean() for k in labels.unique()])
+def load_clip(model, pretrained="openai", device="", precision=""):
+    """The Clip of a Config; or of an open_clip name, "local-dir:DIR" or "hf-hub:NAME".
 
-
-def run(cfg, train, images=True, tasks=None, per_class=lambda name: False):
-    """Carries out the grid of cfg: train, evaluate, record; returns the last accuracy (%).
-    train(cfg, clip, data) returns the learned module and predictor(dataset) -> logits(f, x) of unit
-    features f (B, D) and, where images is set, pictures x. tasks(cfg) lists data sets to learn
-    jointly; those of which per_class(name) holds count by mean per class."""
+    pretrained: open_clip tag, weights file, or "" for random weights. Raises Error for a model that
+    is unknown, cannot be had, or is not of open_clip's class CLIP with OpenAI's towers.
+    """
+    if isinstance(model, Config):
+        cfg = model
+        return load_clip(cfg.model or default_model(cfg), cfg.pretrained, cfg.device, cfg.precision)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision or ("amp" if device.startswith("cuda") else "fp32")
+    logging.disable()  # the hub's 40 lines of retries, which the one line below sums up
     try:
-        if cfg.load:  # the options it was trained with, in place of those left at their defaults
-            old = restore(cfg)[1]["config"]
-            unset = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) == f.default}
-            cfg = type(cfg)(**vars(cfg) | {n: old[n] for n in unset - UPKEEP | {"shots", "seed"}})
-        names = [cfg.dataset] if tasks or cfg.load else cfg.dataset.split(",")
-        lists = ([v] if type(v) is int else v for v in (cfg.shots, cfg.seed))
-        grid = list(itertools.product(names, *lists))
-        shard = re.fullmatch(r"([1-9]\d*)/(\d+)", cfg.shard or "1/1")
-        i, n = map(int, shard.groups()) if shard else (1, 0)
-        if i > n:
-            raise Error(f"--shard {cfg.shard}: must be i/n with 1 <= i <= n")
-        for dataset, shots, seed in grid[i - 1 :: n]:
-            one = dataclasses.replace(cfg, dataset=dataset, shots=shots, seed=seed)
-            accuracy = _run_one(one, train, images, tasks, per_class)
-        return accuracy if grid[i - 1 :: n] else None
-    except (Error, OSError) as problem:  # OSError: a full disk, a folder that may not be written
-        stop(problem)
+        torch.empty(0, device=device)
+        with torch.random.fork_rng([]), warnings.catch_warnings(action="ignore"):
+            built = build_model(model, pretrained)  # leaves alone the numbers of a prompt's start
+        tokenize = open_clip.get_tokenizer(model)
+    except Exception as problem:  # open_clip, its hub and torch raise many kinds
+        raise Error(f"--model {model}, --device {device}: {problem}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    towers = open_clip.transformer.VisionTransformer, open_clip.modified_resnet.ModifiedResNet
+    usual = type(built) is open_clip.CLIP and isinstance(built.visual, towers)
+    if not usual or built.attn_mask is None or getattr(built.visual, "attn_pool", None):
+        raise Error(f"--model {model} is not of open_clip's class CLIP with OpenAI's towers")
+    return Clip(built, tokenize, device, precision)
 
 
-def records(path):
-    """The rows of a results.jsonl, an empty list where there is none. Raises Error."""
-    keys = [*"run method model shots evaluated_on classes train_seconds config".split(), *SCORES[1]]
+def default_model(cfg):
+    """The paper's backbone; for a drawn data set its own tiny CLIP, on one thread, so that its
+    numbers do not depend on the machine's cores and load."""
+    world = drawn_world()
+    if not world or cfg.dataset.split(",")[0] not in world.TASKS:
+        return cfg.paper_model
+    torch.set_num_threads(1)
+    return f"local-dir:{world.write(Path(cfg.data), 'clip')}"
+
+
+def drawn_world():
+    """tests/tools/shapes.py, which draws the default data sets; None where it was not copied."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.import_module("tests.tools.shapes")
+
+
+def build_model(name, pretrained):
+    """An open_clip model with its weights, and the activation that they were trained with."""
+    if ":" in name:  # a folder or a hub's repository, which says all of it
+        return open_clip.create_model(name, require_pretrained=True)
+    if name not in open_clip.list_models():
+        raise Error("open_clip has no such model; open_clip.list_models() lists them")
+    if Path(pretrained).is_file():
+        weights, from_openai = read_weights(pretrained)
+        model = open_clip.create_model(name, force_quick_gelu=from_openai)
+        model.load_state_dict(weights)
+        quick = any(isinstance(m, open_clip.transformer.QuickGELU) for m in model.modules())
+        print(f"{pretrained}: taken with {'QuickGELU' if quick else 'GELU'}", file=sys.stderr)
+        return model
+    quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+    return open_clip.create_model(name, pretrained or None, force_quick_gelu=quick)
+
+
+def read_weights(path):
+    """(state dict, whether OpenAI's) of a file of safetensors, of torch.save (plain, nested in
+    "state_dict", prefixed by "module."), or of TorchScript, which OpenAI's own are. No code in it
+    is run: torch.jit.load would compile the archive's, so its tensors are read past it."""
+    scripted = zipfile.is_zipfile(path) and any(
+        name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
+    )
+    if path.endswith(".safetensors"):
+        weights = load_file(path)
+    elif scripted:
+        weights = ArchiveReader(path).state_dict()
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = weights.get("state_dict", weights)
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    for name in "input_resolution", "context_length", "vocab_size":  # OpenAI's, no weights
+        weights.pop(name, None)
+    return weights, scripted
+
+
+class ArchiveReader(pickle.Unpickler):
+    """The tensors of a TorchScript archive. Every class that its pickle names becomes an empty
+    Node, which holds the attributes and does nothing."""
+
+    class Node:
+        def __init__(self, *unused):
+            pass
+
+    def __init__(self, path):
+        self.archive = zipfile.ZipFile(path)
+        self.top = self.archive.namelist()[0].split("/")[0]
+        super().__init__(io.BytesIO(self.archive.read(f"{self.top}/data.pkl")))
+
+    def find_class(self, module, name):
+        if name == "_rebuild_tensor_v2":
+            return lambda data, start, size, stride, *unused: data.as_strided(size, stride, start)
+        return getattr(torch, name).dtype if name.endswith("Storage") else self.Node
+
+    def persistent_load(self, saved):
+        _, dtype, key, _, _ = saved  # "storage", dtype, file, device, length
+        content = self.archive.read(f"{self.top}/data/{key}")
+        return torch.frombuffer(bytearray(content), dtype=dtype)
+
+    def state_dict(self, node=None, prefix=""):
+        """{name: tensor}, without the causal masks, which the model makes itself."""
+        found = {}
+        for name, value in vars(node or self.load()).items():
+            if isinstance(value, self.Node):
+                found |= self.state_dict(value, f"{prefix}{name}.")
+            elif isinstance(value, torch.Tensor) and name != "attn_mask":
+                found[prefix + name] = value
+        return found
+
+
+class Layout:
+    """Where the own tokens of K classes stand: in one list of n tokens for all but attention, and
+    padded to K rows of S places for attention. Made on the host.
+
+    token (n,): the place, among K * S, of each token of the list; padded (K * S,): the token of the
+    list at each place, and where none stands the class's EOT; last (K,): each EOT in the list.
+    """
+
+    def __init__(self, lengths, S, device):
+        """lengths (K,), on the host: how many own tokens each class has, its EOT included."""
+        place, after = torch.arange(S), lengths.cumsum(0)
+        first, last = (after - lengths)[:, None], (after - 1)[:, None]
+        filled = place < lengths[:, None]  # (K, S)
+        self.token = to_device(filled.flatten().nonzero()[:, 0], device)
+        self.padded = to_device((first + place).minimum(last).flatten(), device)
+        self.last = to_device(last[:, 0], device)
+
+
+def encode_text(clip, prefix, suffix, eot, group=None, layout=None):
+    """(K, D) fp32 features of the sequences prefix[group[k]] + suffix[k], read at their EOT.
+
+    Equals clip.encode_text of the same tokens, for less work, because the tower is causal: a prefix
+    cannot see the class behind it, so each of the G prefixes runs once; nothing behind an EOT
+    reaches it, so a class's own tokens end there. Linear layers and norms see one list without
+    padding: the G * P prefix tokens, then the n own tokens of all classes.
+
+    prefix (G, P, d) and suffix (K, S, d): token embeddings, positions not yet added; eot (K,):
+    place of the EOT in the whole; group (K,): each class's prefix, None where there is one for all;
+    layout: what Names has kept, else made of eot.
+    """
+    (G, P, _), S = prefix.shape, suffix.shape[1]
+    layout = layout or Layout(eot.cpu() + 1 - P, S, clip.device)
+    position = clip.positional_embedding
+    mask = torch.ones(S, P + S, dtype=torch.bool, device=clip.device).tril(P)  # True: may attend
+    own = (suffix + position[P : P + S]).flatten(0, 1).index_select(0, layout.token)
+    with clip.autocast():
+        x = torch.cat([(prefix + position[:P]).flatten(0, 1), own])  # (G * P + n, d)
+        for block in clip.transformer.resblocks:
+            x = x + block.ls_1(attend(block.attn, block.ln_1(x), G, P, group, layout, mask))
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        last = x[G * P :].index_select(0, layout.last)  # (K, d)
+        return (clip.ln_final(last) @ clip.text_projection).float()
+
+
+def attend(attn, x, G, P, group, layout, mask):
+    """A block's attention on encode_text's list x (G * P + n, d). Prefixes attend to themselves;
+    each class's tokens to its prefix's keys and values and to themselves. Padding stands behind the
+    EOT, so the causal mask (S, P + S) hides it from every token that is read."""
+    K = len(layout.last)
+    rows = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (G * P + n, 3d)
+    prefixes, rows = rows.split([G * P, len(rows) - G * P])
+    q, past_k, past_v = heads(attn, prefixes, G)
+    shared = F.scaled_dot_product_attention(q, past_k, past_v, is_causal=True)
+    if group is None:
+        past_k, past_v = past_k.expand(K, -1, -1, -1), past_v.expand(K, -1, -1, -1)
+    else:
+        past_k, past_v = past_k.index_select(0, group), past_v.index_select(0, group)
+    q, k, v = heads(attn, rows.index_select(0, layout.padded), K)
+    k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)  # (K, heads, P + S, d / heads)
+    own = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    shared, own = (t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (shared, own))
+    return attn.out_proj(torch.cat([shared, own.index_select(0, layout.token)]))
+
+
+def heads(attn, rows, count):
+    """q, k, v (count, heads, length, d / heads) of the projected rows (..., 3d) of equal lists."""
+    parts = rows.view(count, -1, 3, attn.num_heads, attn.head_dim)
+    return parts.permute(2, 0, 3, 1, 4).unbind()
+
+
+def attend_all(attn, x):
+    """A block's attention, each of x (B, n, d) to all of its list: open_clip's, without the copies
+    of q, k and v that nn.MultiheadAttention makes forward and the zeros that it fills backward."""
+    q, k, v = heads(attn, F.linear(x, attn.in_proj_weight, attn.in_proj_bias), len(x))
+    seen = F.scaled_dot_product_attention(q, k, v)
+    return attn.out_proj(seen.transpose(1, 2).flatten(2))
+
+
+def encode_image(clip, images, prompts=None, patches=False):
+    """Image features, with prompt rows that one hook supplies.
+
+    prompts(i, tokens) is asked before block i, and at i = -1 before ln_pre, and shown the image
+    tokens (B, 1 + N, d). The rows that it returns, (P, d) or (B, P, d), replace the prompt rows,
+    which stand behind the image tokens; None keeps those that the block before put out. images
+    (B, 3, H, W), normalised. Returns fp32 features (B, D), with patches also theirs (B, N, D).
+    """
+    visual = clip.visual
+    with clip.autocast():
+        if not prompts and not patches:
+            return visual(images).float()
+        blocks = clip.blocks()
+        x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
+        x, count = x + visual.positional_embedding, x.shape[1]
+
+        def with_prompts(i, x):
+            rows = prompts(i, x[:, :count]) if prompts else None
+            if rows is None:
+                return x
+            return torch.cat([x[:, :count], rows.expand(len(x), -1, -1).to(x.dtype)], 1)
+
+        x = visual.ln_pre(with_prompts(-1, x))
+        for i, block in enumerate(blocks):
+            x = with_prompts(i, x)
+            x = x + block.ls_1(attend_all(block.attn, block.ln_1(x)))
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        x = (visual.ln_post(x[:, :count]) @ visual.proj).float()  # without the prompt rows
+    return (x[:, 0], x[:, 1:]) if patches else x[:, 0]
+
+
+@torch.no_grad()
+def unit_features(clip, images):
+    """(B, D) unit features by the frozen image tower of normalised images (B, 3, H, W)."""
+    return F.normalize(encode_image(clip, images), dim=-1)
+
+
+# ------------------------------------------------------------------------------- 3 Prompts
+
+
+@dataclasses.dataclass
+class Names:
+    """The tokens around a context in "[SOS] V ... V <name>." [EOT], for K class names.
+
+    sos (1, 1, d), tail (K, S, d) from the name on: embeddings, on the device. eot (K,): place of
+    the EOT in the whole, length (K,): tokens of the name, in the template "{}.", on the host.
+    layouts, orders: those made so far.
+    """
+
+    sos: torch.Tensor
+    tail: torch.Tensor
+    eot: torch.Tensor
+    length: torch.Tensor
+    layouts: dict = dataclasses.field(default_factory=dict)
+    orders: dict = dataclasses.field(default_factory=dict)
+
+    def select(self, columns):
+        """The Names of some classes; columns: their indices, on the host."""
+        tail = self.tail.index_select(0, to_device(columns, self.tail.device))
+        return Names(self.sos, tail, self.eot[columns], self.length[columns])
+
+    def layout(self, P, S):
+        """The Layout behind a prefix of P tokens, in rows of S places; made once."""
+        if P not in self.layouts:
+            self.layouts[P] = Layout(self.eot + 1 - P, S, self.tail.device)
+        return self.layouts[P]
+
+    def order(self, behind):
+        """Index (K, behind + S, 1) that turns the first tokens left, so that `behind` vectors from
+        before a name come to stand after it; made once."""
+        if behind not in self.orders:
+            place = torch.arange(behind + self.tail.shape[1])
+            end = self.length[:, None] + behind  # of what turns; the rest stays
+            order = torch.where(place < end, (place + behind) % end, place)
+            self.orders[behind] = to_device(order[..., None], self.tail.device)
+        return self.orders[behind]
+
+
+def embed_names(clip, names, n_ctx, template="{}."):
+    """The Names of class names in a template, with room for n_ctx context vectors before it.
+    Raises Error for a name that is too long for the text tower."""
+    texts = []
+    for name in names:
+        texts.append("X " * n_ctx + template.format(name.replace("_", " ")))
+        if len(clip.tokenize.encode(texts[-1])) + 2 > clip.context_length:
+            raise Error(f"class name {name[:60]!r} is too long for {clip.context_length} tokens")
+    ids = clip.tokenize(texts)  # (K, 77); the EOT has the largest id
+    eot = ids.argmax(1)
+    x = clip.token_embedding(to_device(ids[:, : eot.max() + 1].contiguous(), clip.device))
+    # The name is all but [SOS], context, "." and EOT. It is counted in the sentence, because a "."
+    # may merge with its end.
+    return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, eot - n_ctx - 2)
+
+
+def encode_prompts(clip, names, ctx, group=None, position="end"):
+    """(K, D) features of the prompts [SOS] V <name>. [EOT] (official trainers/coop.py).
+
+    names: with room for M vectors; ctx (G, M, d): contexts; group (K,): each class's, which may
+    be None where there is one; position of the name: "end" of V, "front" of it, or its "middle".
+    """
+    M, suffix = ctx.shape[1], names.tail
+    group = None if len(ctx) == 1 else group  # one context serves all
+    behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
+    before, after = ctx[:, : M - behind], ctx[:, M - behind :]
+    prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), before], 1)
+    if behind:
+        after = after.expand(len(suffix), -1, -1) if group is None else after.index_select(0, group)
+        suffix = torch.cat([after, suffix], 1)  # V V NAME NAME . EOT
+        suffix = suffix.take_along_dim(names.order(behind), 1)  # NAME NAME V V . EOT
+    layout = names.layout(prefix.shape[1], suffix.shape[1])
+    return encode_text(clip, prefix, suffix, names.eot, group, layout)
+
+
+@torch.no_grad()
+def zero_shot_weights(clip, dataset, templates=None):
+    """(K, T, D) unit text features of each class in T templates; None: in the data set's own."""
+    features = []
+    for template in templates or [dataset.template]:
+        names = embed_names(clip, dataset.classnames, 0, template)
+        features.append(encode_prompts(clip, names, names.sos[:, :0]))
+    return F.normalize(torch.stack(features, 1), dim=-1)
+
+
+# ---------------------------------------------------------------------------------- 4 Data
+
+
+class Benchmark(NamedTuple):
+    """Where a benchmark lies below --data, in CoOp's layout; the Name of its split_zhou_Name.json;
+    CoOp's template (CUSTOM_TEMPLATES in trainers/zsclip.py)."""
+
+    folder: str
+    images: str
+    split: str = ""
+    template: str = "a photo of a {}."
+
+
+SEVEN = [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # CoOp's ensemble
+PARTS = "train", "val", "test"
+IMAGES = tuple(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+TYPE, SATELLITE = "a photo of a {}, a type of %s.", "a centered satellite photo of {}."
+FOOD, ACTION = "a photo of {}, a type of food.", "a photo of a person doing {}."
+BENCHMARKS = {
+    "imagenet": Benchmark("imagenet", "images"),
+    "caltech101": Benchmark("caltech-101", "101_ObjectCategories", "Caltech101"),
+    "dtd": Benchmark("dtd", "images", "DescribableTextures", "{} texture."),
+    "eurosat": Benchmark("eurosat", "2750", "EuroSAT", SATELLITE),
+    "fgvc_aircraft": Benchmark("fgvc_aircraft", "images", "", TYPE % "aircraft"),
+    "food101": Benchmark("food-101", "images", "Food101", FOOD),
+    "oxford_flowers": Benchmark("oxford_flowers", "jpg", "OxfordFlowers", TYPE % "flower"),
+    "oxford_pets": Benchmark("oxford_pets", "images", "OxfordPets", TYPE % "pet"),
+    "stanford_cars": Benchmark("stanford_cars", "", "StanfordCars"),
+    "sun397": Benchmark("sun397", "SUN397", "SUN397"),
+    "ucf101": Benchmark("ucf101", "UCF-101-midframes", "UCF101", ACTION),
+    "imagenetv2": Benchmark("imagenetv2", "imagenetv2-matched-frequency-format-val"),
+    "imagenet_sketch": Benchmark("imagenet-sketch", "images"),
+    "imagenet_a": Benchmark("imagenet-adversarial", "imagenet-a"),
+    "imagenet_r": Benchmark("imagenet-rendition", "imagenet-r"),
+}
+
+
+class Dataset(NamedTuple):
+    """Items (picture, label, class name), a picture being a path or a uint8 tensor (3, H, W)."""
+
+    name: str
+    train: list
+    val: list
+    test: list
+    classnames: list
+    template: str = "a photo of a {}."
+    crop: tuple = (0.08, 1.0)  # share of the area that a training view shows
+    new: "Dataset | None" = None  # with --classes base, the other half of the classes
+
+
+def few_shot(cfg, data=None):
+    """The picks of cfg from data, or from cfg's own Dataset; with --classes base the first half of
+    the classes, the second in .new. Raises Error."""
+    data = sample_few_shot(data or load_dataset(cfg.dataset, cfg.data), cfg.shots, cfg.seed)
+    if cfg.classes == "base":
+        return subset_classes(data, "base")._replace(new=subset_classes(data, "new"))
+    return data
+
+
+def load_dataset(name, root="data"):
+    """The Dataset of a benchmark, a drawn data set, or a folder of class folders, by name. Only
+    lists are read: a missing picture is named when it is opened. Raises Error."""
+    world = drawn_world()
+    tasks = world.TASKS if world else {}
+    if name in BENCHMARKS:
+        return from_benchmark(name, Path(root))
+    if name in tasks:
+        data = from_class_folders(name, world.write(Path(root), name))
+        return data._replace(template=tasks[name].template, crop=world.CROP)
+    if name and Path(name).is_dir():
+        return from_class_folders(name, Path(name))
+    known = [*BENCHMARKS, *tasks]
+    near = difflib.get_close_matches(name, known, 4, 0.4) or known
+    raise Error(f"no data set or folder {name!r}; there is {', '.join(near)}")
+
+
+def from_benchmark(name, root):
+    """A benchmark, by the reader of its format."""
+    folder, images, split, template = BENCHMARKS[name]
+    folder = root / folder
+    images = folder / images
     try:
-        rows = [json.loads(line) for line in path.open()] if path.exists() else []
-        return [{key: row[key] for key in [*keys, *SCORES[0]]} | row for row in rows]
-    except (ValueError, LookupError, TypeError) as problem:
-        raise Error(f"{path} holds a line that is no record ({problem}); mend or move it") from None
+        if not images.is_dir():
+            raise OSError(f"no folder {images}")
+        if split:
+            parts = from_split_file(folder / f"split_zhou_{split}.json", images)
+        elif name == "fgvc_aircraft":
+            parts = from_aircraft_lists(folder, images)
+        else:
+            parts = from_wordnet_folders(name, images)
+    except (OSError, ValueError, TypeError, LookupError) as problem:
+        raise Error(f"{name}: {problem}; python common.py download {name} gets it") from None
+    return checked(name, parts, folder)._replace(template=template)
 
 
-def _run_one(cfg, train, pictures, tasks, per_class):
-    for name, value in vars(cfg).items():  # batch_size and workers are at least 1
-        if type(value) in (int, float) and not (name in ("batch_size", "workers")) <= value < 1e9:
-            raise Error(f"--{name} {value} is out of range")
-    asked = cfg.predict or cfg.names or cfg.json or cfg.interpret
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    cfg = dataclasses.replace(cfg, load=cfg.load or (str(run_folder(cfg)) if asked else ""))
-    folder, path = Path(cfg.load or run_folder(cfg)), Path(cfg.out, "results.jsonl")
-    done = cfg.load or not cfg.force and (folder / "prompt.safetensors").exists()
-    meta = restore(cfg)[1] if done else {"config": vars(cfg), "progress": [0, 0]}
-    first = str(meta["config"]["dataset"]).split(",")[0]
-    tiny = shapes and first in shapes.TASKS and cfg.model == type(cfg).model
-    model = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}" if tiny else cfg.model
-    if asked:
-        clip = load_clip(model, cfg.pretrained, device, precision)
-        return tool("ask").ask(cfg, clip, train, meta["data"], pictures, tasks)
-    sets = tasks(cfg) if tasks else [load_dataset(cfg.dataset, cfg.data, cfg.download)]
-    sets = [sample_few_shot(d, cfg.shots, cfg.seed) for d in sets]
-    halves = ["base", "new"] if cfg.classes == "base" else ["all"]
-    parts = {(d.name, h): subset_classes(d, h) if h != "all" else d for d in sets for h in halves}
-    other = [load_dataset(t, cfg.data, cfg.download) for t in cfg.transfer.split(",") if t]
-    todo = parts | {(d.name, "all"): d for d in other}
-    own = {"run": os.path.relpath(folder, cfg.out), "method": method(cfg), "model": model}
-    own["train_seconds"] = meta["progress"][1]  # rows of another training do not count
-    rows = {(r["evaluated_on"], r["classes"]): r for r in records(path) if own.items() <= r.items()}
-    images = {k: digest(sum((e.train for e in sets), d.test)) for k, d in todo.items()}
-    new = {k: d for k, d in todo.items() if cfg.force or rows.get(k, {}).get("images") != images[k]}
-    if new:
-        clip = load_clip(model, cfg.pretrained, device, precision)
-        known = meta["data"] if cfg.load else [parts[d.name, halves[0]] for d in sets]
-        if cfg.force and not cfg.load:
-            shutil.rmtree(folder, ignore_errors=True)
-        prompt, predictor = train(cfg, clip, known if tasks else known[0])
-        git = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-        commit = subprocess.run("git rev-parse --short HEAD", check=False, **git).stdout.strip()
-        own["train_seconds"] = restore(cfg)[1]["progress"][1] if prompt else 0
-        record = own | {n: getattr(cfg, n, False) for n in ("dataset", "shots", "seed", "official")}
-        record |= {"pretrained": cfg.pretrained, "device": device, "precision": precision}
-        record |= {"torch": torch.__version__, "open_clip": open_clip.__version__, "commit": commit}
-        for (name, half), d in new.items():
-            start, labels = time.time(), torch.tensor([item[1] for item in d.test])
-            got = classify(cfg, clip, d.test, predictor(d), pictures)
-            row = {"eval_seconds": time.time() - start, "evaluated_on": name, "classes": half}
-            zero = frozen_features(cfg, clip, d.test) @ zero_shot_weights(clip, d)[:, 0].T
-            for keys, scores in zip(SCORES, (zero.cpu(), got), strict=True):
-                row |= zip(keys, evaluate(scores, labels), strict=True)
-            row |= {"n_test": len(labels), "images": images[name, half], "config": vars(cfg)}
-            row |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20}
-            rows[name, half] = record | row | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        with open(path.with_suffix(".lock"), "w") as lock:  # two processes lose nothing
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lines = [json.dumps(row) + "\n" for row in [*records(path), *map(rows.get, new)]]
-            write(path, "".join(lines).encode())
-    for r in (rows[d.name, "all"] for d in other):
-        print(f"  on {r['evaluated_on']}: {r['accuracy']:.2f}, zero-shot {r['zero_shot']:.2f}")
-    lines = []
-    for keys in SCORES:
-        a = [np.mean([rows[d.name, h][keys[per_class(d.name)]] for d in sets]) for h in halves]
-        b = f"base {a[0]:.2f}, new {a[-1]:.2f}, H {2 * a[0] * a[-1] / max(a[0] + a[-1], 1e-9):.2f}"
-        lines.append(b if len(halves) == 2 else f"{a[0]:.2f}")
-    where = "finished before, " * (not new) + f"in {folder}\n"
-    title = where * folder.exists() + f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}"
-    print(f"{title}: {lines[1]} (zero-shot {lines[0]}), {own['train_seconds']:.0f} s", flush=True)
-    return float(a[0])
+def from_split_file(split, images):
+    """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": ..., "test": ...}: paths below
+    the folder images, labels, class names."""
+    lists = json.loads(split.read_text("utf-8"))
+    return [[(f"{images}/{path}", int(y), str(c)) for path, y, c in lists[part]] for part in PARTS]
+
+
+def from_aircraft_lists(folder, images):
+    """variants.txt: the classes in order; images_variant_{train,val,test}.txt: lines as
+    "1025794 707-320", an image and its variant."""
+    variants = (folder / "variants.txt").read_text("utf-8").splitlines()
+    parts = []
+    for part in PARTS:
+        lines = (folder / f"images_variant_{part}.txt").read_text("utf-8").splitlines()
+        pairs = [line.split(" ", 1) for line in lines]
+        parts.append([(f"{images}/{i}.jpg", variants.index(v), v) for i, v in pairs])
+    return parts
+
+
+def from_wordnet_folders(name, images):
+    """ImageNet: train/ and val/ of folders n01440764/ ...; its variants: such folders alone, of
+    ImageNetV2 0/ ... 999/. Labels count the folders present. Files are sorted: CoOp's listing was
+    not, so that its picks depended on the file system."""
+    keys = [*map(str, range(1000))] if name == "imagenetv2" else ImageNetInfo().label_names()
+    titles = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
+    test = images / "val" if name == "imagenet" else images
+    present = [key for key in keys if (test / key).is_dir()]
+    train = class_items(images / "train", present, titles) if name == "imagenet" else []
+    return train, [], class_items(test, present, titles)
+
+
+def from_class_folders(name, folder):
+    """train/, test/ and, if you like, val/ of class folders; or class folders alone, which are
+    split 50/20/30 per class, always alike."""
+    if (folder / "train").is_dir():
+        names = sorted({c for part in PARTS for c in listed(folder / part, Path.is_dir)})
+        return checked(name, [class_items(folder / part, names) for part in PARTS], folder, names)
+    train, val, test = [], [], []
+    names = listed(folder, Path.is_dir)
+    for group in by_class(class_items(folder, names)):
+        random.Random(0).shuffle(group)
+        half, most = round(0.5 * len(group)), round(0.7 * len(group))
+        train += group[:half]
+        val += group[half:most]
+        test += group[most:]
+    return checked(name, [train, val, test], folder, names)
+
+
+def class_items(folder, keys, titles=None):
+    """The items of class folders, labelled in the order of keys; titles: {folder: class name}."""
+    items = []
+    for label, key in enumerate(keys):
+        title = titles[key] if titles else key
+        files = listed(folder / key, lambda path: path.suffix.lower() in IMAGES)
+        items += [(f"{folder}/{key}/{file}", label, title) for file in files]
+    return items
+
+
+def listed(folder, wanted):
+    """Sorted names of what is wanted(path) in a folder, hidden ones left out."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [name for name in names if not name.startswith(".") and wanted(folder / name)]
+
+
+def by_class(items):
+    """Lists of the items of each class, in order of their first appearance."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[item[1]].append(item)
+    return list(groups.values())
+
+
+def checked(name, parts, source, titles=()):
+    """The Dataset of lists train, val, test; titles: all classes, where the lists might lack one.
+    Raises Error for a class without images."""
+    train, val, test = parts
+    names = dict(enumerate(titles)) or {label: c for _, label, c in [*test, *val, *train]}
+    for kind, items in ("training", train or test), ("test", test):
+        missing = set(range(max(2, len(names)))) - {label for _, label, _ in items}
+        if missing:
+            c = names.get(min(missing), min(missing))
+            raise Error(f"{source}: class {c!r}, of at least two, has no {kind} image")
+    return Dataset(name, train, val, test, [names[label] for label in range(len(names))])
+
+
+def sample_few_shot(dataset, shots, seed):
+    """CoOp's few-shot picks (Dassl data/datasets/base_dataset.py): from train, then from val (at
+    most 4 a class), by one stream of random numbers. All of a class that has too few, and of every
+    class for 0 shots. The test set is never sampled."""
+    stream = random.Random(seed)
+    picks = {}
+    for part, k in ("train", shots), ("val", min(shots, 4)):
+        picks[part] = []
+        for group in by_class(getattr(dataset, part)):
+            picks[part] += stream.sample(group, k) if 0 < k <= len(group) else group
+    return dataset._replace(**picks)
+
+
+def subset_classes(dataset, half):
+    """The "base" (first, larger) or "new" half of the classes, relabelled from 0 (CoOp
+    datasets/oxford_pets.py, subsample_classes)."""
+    names = dataset.classnames
+    middle = math.ceil(len(names) / 2)
+    start, end = (0, middle) if half == "base" else (middle, len(names))
+    parts = {}
+    for part in PARTS:
+        items = getattr(dataset, part)
+        parts[part] = [(picture, y - start, c) for picture, y, c in items if start <= y < end]
+    return dataset._replace(classnames=names[start:end], **parts)
+
+
+# ------------------------------------------------------------------------------ 5 Pictures
+
+BICUBIC = InterpolationMode.BICUBIC
+TEST_BATCH = 100  # images, as in Dassl
+KEPT_BYTES = 4 * 2**30  # of decoded training pictures; the others are decoded in every epoch
+AHEAD = 2  # batches on which threads work before they are asked for
+
+
+def decode(picture):
+    """(3, H, W) uint8 RGB of an image file, as PIL reads it; a tensor passes. Raises Error."""
+    if isinstance(picture, torch.Tensor):
+        return picture
+    try:
+        with Image.open(picture) as image:
+            if image.mode.startswith("I"):  # 16 bit, which convert() would clip to white
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            return vision.pil_to_tensor(image.convert("RGB"))
+    except Exception as problem:  # PIL raises many kinds
+        raise Error(f"cannot read image {picture}: {problem}") from None
+
+
+def views(clip, pictures, boxes=None, mirror=None):
+    """(B, 3, side, side) normalised views of uint8 pictures, resized as by PIL: of boxes (top,
+    left, height, width), mirrored where mirror says; without boxes the centred test views."""
+    side, B = clip.image_size, len(pictures)
+    cuts = zip(pictures, boxes or [None] * B, mirror or [False] * B, strict=True)
+    return normalised(clip, [view(picture, side, box, flip) for picture, box, flip in cuts])
+
+
+def view(picture, side, box=None, flip=False):
+    """uint8 (3, side, side): the box resized and mirrored or not; without a box the central square
+    of the picture with its shorter edge resized."""
+    if box is None:
+        return vision.center_crop(vision.resize(picture, [side], BICUBIC), [side])
+    square = vision.resized_crop(picture, *box, [side, side], BICUBIC)
+    return square.flip(-1) if flip else square
+
+
+def random_box(height, width, crop, generator):
+    """(top, left, height, width) of a random share of the area, within crop, at an aspect ratio
+    within 3/4 and 4/3: torchvision's RandomResizedCrop, number by number, which takes its numbers
+    from one global generator, as threads must not."""
+
+    def uniform(low, high):
+        return torch.empty(()).uniform_(low, high, generator=generator).item()
+
+    for _ in range(10):
+        area = height * width * uniform(*crop)
+        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(height - h + 1, (), generator=generator).item()
+            return top, torch.randint(width - w + 1, (), generator=generator).item(), h, w
+    h, w = min(height, round(width / (3 / 4))), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w  # of a very long picture the centre
+
+
+def normalised(clip, views):
+    """uint8 views on the host -> one batch on the device, normalised as CLIP wants it."""
+    return (to_device(torch.stack(views), clip.device) / 255 - clip.mean) / clip.std
+
+
+def to_device(x, device):
+    """Copies without a wait of the host, which on CUDA takes pinned memory."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def ahead(pool, function, groups):
+    """Yields [function(item) for item in group] of each group, on which the threads of pool work
+    before it is asked for."""
+    pending = deque()
+    for group in groups:
+        pending.append([pool.submit(function, item) for item in group])
+        if len(pending) > AHEAD:
+            yield [future.result() for future in pending.popleft()]
+    for futures in pending:
+        yield [future.result() for future in futures]
+
+
+class Loader:
+    """Batches of the training pictures: decoded once; cropped and mirrored anew for every epoch
+    (CoOp's transforms) by threads. A view depends on (seed, epoch, picture) alone, the order on
+    (seed, epoch), so that an epoch repeats itself after a kill."""
+
+    def __init__(self, cfg, clip, data):
+        """Raises Error where data has no training pictures."""
+        if not data.train:
+            raise Error(f"{data.name} has no training images; evaluate on it with --transfer")
+        self.clip, self.data, self.seed, self.batch_size = clip, data, cfg.seed, cfg.batch_size
+        self.labels = torch.tensor([label for _, label, _ in data.train])
+        self.pool, self.kept, self.room = ThreadPoolExecutor(cfg.workers), {}, KEPT_BYTES
+
+    def order(self, epoch):
+        """The epoch's batches, as lists of picture numbers. As in Dassl, a last batch that is not
+        full is dropped, unless it is the only one."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(len(self.labels), generator=generator)
+        batches = [batch.tolist() for batch in order.split(self.batch_size)]
+        return [batch for batch in batches if len(batch) == len(batches[0])]
+
+    def epoch(self, epoch):
+        """Yields images (B, 3, side, side) and labels (B,), on the device."""
+        batches = self.order(epoch)
+        augmented = ahead(self.pool, lambda i: self.view(epoch, i), batches)
+        for batch, views in zip(batches, augmented, strict=True):
+            yield normalised(self.clip, views), to_device(self.labels[batch], self.clip.device)
+
+    def view(self, epoch, i):
+        """Picture i as this epoch shows it, uint8 (3, side, side)."""
+        picture = self.picture(i)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, i))
+        box = random_box(*picture.shape[1:], self.data.crop, generator)
+        flip = torch.rand((), generator=generator) < 0.5
+        return view(picture, self.clip.image_size, box, flip)
+
+    def picture(self, i):
+        """Picture i, decoded; kept for the next epoch while there is room."""
+        if i in self.kept:
+            return self.kept[i]
+        picture = decode(self.data.train[i][0])
+        self.room -= picture.numel()
+        if self.room > 0:
+            self.kept[i] = picture
+        return picture
+
+
+# ------------------------------------------------------------------------------ 6 Training
+
+
+class Optimizer:
+    """SGD, momentum .9, weight decay 5e-4, on a cosine with warm-up (Dassl optim/lr_scheduler.py).
+
+    After k epochs the rate is 1e-5 while k < warmup, then lr/2 (1 + cos(pi (k - warmup) / epochs)),
+    never 0. groups: parameters, or dicts {"params", "lr", "warmup"}. Where CLIP runs in fp16,
+    GradScaler scales the loss, and SGD, one fused kernel, skips a step whose gradients overflow,
+    without a wait of the host. repeat: steps per gradient and epoch, 1 but for SoftCPT's release.
+    """
+
+    def __init__(self, cfg, clip, groups, epochs, repeat=1):
+        self.epochs, self.repeat, self.losses = epochs, repeat, []
+        self.sgd = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=5e-4, fused=True)
+        self.scaler = torch.amp.GradScaler(clip.device.type, enabled=clip.half is torch.float16)
+        for group in self.sgd.param_groups:  # kept with SGD's own state
+            group.update(top=group["lr"], k=0, warmup=group.get("warmup", 1))
+            for p in group["params"]:  # else undefined where the first step is skipped
+                self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.schedule(0)
+
+    def schedule(self, steps):
+        """Sets each group's rate after `steps` more steps of the schedule."""
+        for group in self.sgd.param_groups:
+            group["k"] += steps
+            k = group["k"] - group["warmup"]
+            cosine = (1 + math.cos(math.pi * k / self.epochs)) / 2
+            group["lr"] = group["top"] * cosine if k >= 0 else 1e-5
+
+    def step(self, loss):
+        """Backward and one step of SGD, or `repeat` of them with the same gradient."""
+        self.losses.append(loss.detach())
+        self.sgd.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.sgd)
+        self.scaler.step(self.sgd)
+        self.scaler.update()
+        for _ in range(self.repeat - 1):
+            for p in self.sgd.param_groups[0]["params"]:
+                p.grad.nan_to_num_(0, 0, 0)  # where fp16 has overflowed
+            self.sgd.step()
+
+    def end_epoch(self):
+        """Sets the next rates; returns the mean loss, for which alone the host waits. Raises
+        Error if it is not finite, in fp16 once the loss's scale cannot be lowered any more."""
+        self.schedule(self.repeat)
+        loss = torch.stack(self.losses).mean().item()
+        self.losses.clear()
+        if not math.isfinite(loss) and self.scaler.get_scale() <= 1:
+            raise Error(f"the loss is {loss}: lower --lr, or try --precision fp32")
+        return loss
+
+    def state_dict(self):
+        return {"sgd": self.sgd.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        self.sgd.load_state_dict(state["sgd"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def resumed(cfg, clip, data, prompt, optimizer):
+    """Yields the epochs still to be trained, and keeps what they learn in the run's folder.
+
+    After each, checkpoint.pt, from which the same command goes on after a kill; torch is seeded
+    anew for every epoch, so that on a CPU it ends with the same numbers. After the last,
+    prompt.safetensors: the learnables and what they belong to. Where that exists it is loaded into
+    prompt and no epoch is left. data: the Dataset, or a list of them. Raises Error where these are
+    not the pictures, labels, class names or CLIP that the run began with.
+    """
+    folder, sets = run_folder(cfg), data if isinstance(data, list) else [data]
+    final, part = folder / "prompt.safetensors", folder / "checkpoint.pt"
+    about = {
+        "method": method(cfg),
+        "fingerprint": clip.fingerprint,
+        "pictures": digest([item for d in sets for item in d.train]),
+        "classnames": {d.name: d.classnames for d in sets},
+        "templates": {d.name: d.template for d in sets},
+        "config": vars(cfg),
+    }
+    if cfg.force and not cfg.load:
+        shutil.rmtree(folder, ignore_errors=True)
+    if cfg.load or final.exists():
+        tensors, saved = read_prompt(folder)
+        restore(folder, saved, about, prompt, tensors)
+        return
+    state = {"epoch": 0, "seconds": 0.0, "about": json.dumps(about)}
+    if part.exists():
+        state = read_checkpoint(part)
+        restore(folder, json.loads(state["about"]), about, prompt, state["prompt"])
+        optimizer.load_state_dict(state["optimizer"])
+    write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
+    bar = tqdm(range(state["epoch"], optimizer.epochs), str(folder), initial=state["epoch"])
+    for epoch in bar:
+        torch.manual_seed(seed_of(cfg.seed, epoch))  # for dropout
+        start = time.time()
+        yield epoch
+        bar.set_postfix(loss=optimizer.end_epoch())
+        state.update(prompt=prompt.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch + 1)
+        state["seconds"] += time.time() - start
+        content = io.BytesIO()
+        torch.save(state, content)
+        write(part, content.getvalue())
+    about["train_seconds"] = state["seconds"]
+    tensors = {name: tensor.cpu() for name, tensor in prompt.state_dict().items()}
+    write(final, save(tensors, {"about": json.dumps(about)}))
+    part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """What resumed kept of a run that is not finished. Raises Error."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises many kinds
+        raise Error(f"{path} is damaged ({problem}); delete it, or --force trains anew") from None
+
+
+def restore(folder, saved, about, prompt, tensors):
+    """Loads tensors into prompt. Raises Error where they belong to another method, CLIP or training
+    set, or do not fit."""
+    for key, what in {
+        "method": "by another method",
+        "fingerprint": "with another CLIP (--model, --pretrained)",
+        "pictures": "on other pictures, labels or class names",
+    }.items():
+        if saved[key] != about[key]:
+            raise Error(f"{folder} was trained {what}; --force trains anew")
+    try:
+        prompt.load_state_dict(tensors)
+    except RuntimeError as problem:
+        raise Error(f"{folder} does not fit these options: {problem}") from None
+
+
+def read_prompt(folder):
+    """(tensors, what they belong to) of a finished run's prompt.safetensors. Raises Error."""
+    path = Path(folder, "prompt.safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+        tensors = load_file(path)
+        if not all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors.values()):
+            raise Error("its tensors are not finite fp32 numbers")
+        if not {"method", "fingerprint", "pictures", "train_seconds"} <= about.keys():
+            raise Error("it does not tell what it was trained on")
+        return tensors, about
+    except Exception as problem:  # safetensors raises kinds of its own
+        raise Error(f"{path} is no prompt of a finished run: {problem}") from None
+
+
+def digest(items):
+    """Hash of the items' pictures (of every byte), labels and class names, in order."""
+    total = hashlib.sha256()
+    for picture, *label in items:
+        is_tensor = isinstance(picture, torch.Tensor)
+        content = picture.numpy().tobytes() if is_tensor else Path(picture).read_bytes()
+        total.update(f"{len(content)} {label}".encode() + content)
+    return total.hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------- 7 Evaluation
+
+OVERALL = "accuracy", "zero_shot"  # keys of a row: of the classifier, of zero-shot CLIP
+MEAN_CLASS = "mean_class_accuracy", "zero_shot_mean_class"
+
+
+def evaluate(cfg, clip, data, classifier, per_class=()):
+    """Evaluates on the test set of every label set asked for, records it in results.json, prints
+    the result and returns the accuracy in percent: the mean over the tasks, if halved of "base".
+
+    data: the Dataset trained on, or a list of them. classifier(dataset) returns unit text features
+    w (K, D), where the features f (B, D) of CLIP's own image tower decide; where they do not, a
+    function of normalised images (B, 3, H, W) and f that gives logits (B, K).
+    per_class: names of the tasks that count by the mean over their classes' accuracies.
+    """
+    tasks = data if isinstance(data, list) else [data]
+    targets = [(task, cfg.classes) for task in tasks]
+    targets += [(task.new, "new") for task in tasks if task.new]
+    scores = defaultdict(list)  # of each half: (accuracy, zero-shot) per task
+    for target, half in targets:
+        row = recorded(cfg, clip, target, half, classifier)
+        keys = MEAN_CLASS if target.name in per_class else OVERALL
+        scores[half].append([row[key] for key in keys])
+    for name in filter(None, cfg.transfer.split(",")):
+        row = recorded(cfg, clip, load_dataset(name, cfg.data), "all", classifier)
+        print(f"  on {name}: {row['accuracy']:.2f} (zero-shot {row['zero_shot']:.2f})")
+    means = np.array([np.mean(pairs, 0) for pairs in scores.values()])  # (1 or 2 halves, 2)
+    ours, zero_shot, seconds = summary(means[:, 0]), summary(means[:, 1]), row["train_seconds"]
+    print(f"in {run_folder(cfg)}")
+    result = f"{ours} (zero-shot {zero_shot}), {seconds:.0f} s"
+    print(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}", flush=True)
+    return float(means[0, 0])
+
+
+def summary(values):
+    """One accuracy, or those of base and new classes with their harmonic mean, as text."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    base, new = values
+    return f"base {base:.2f}, new {new:.2f}, H {2 * base * new / max(base + new, 1e-9):.2f}"
+
+
+def recorded(cfg, clip, target, half, classifier):
+    """The row of results.json for one label set. It is computed, unless it is there already for the
+    same prompt, CLIP, precision, class names and test pictures."""
+    folder = run_folder(cfg)
+    path, trained = folder / "results.json", {"train_seconds": 0.0}
+    if (folder / "prompt.safetensors").exists():
+        trained = read_prompt(folder)[1]
+    options = [(name, value) for name, value in vars(cfg).items() if name not in NOT_LEARNED]
+    names = [target.name, half, target.classnames, target.template]
+    stamp = repr([trained, options, clip.fingerprint, clip.half, names, digest(target.test)])
+    stamp = hashlib.sha256(stamp.encode()).hexdigest()
+    if stamp in (rows := read_rows(path)) and not cfg.force:
+        return rows[stamp]
+    row = {"official": False, **vars(cfg), "config": vars(cfg), "method": method(cfg)}
+    row |= {"evaluated_on": target.name, "classes": half, "n_test": len(target.test)}
+    row |= measured(cfg, clip, target, classifier)
+    row |= {"train_seconds": trained["train_seconds"], "precision": str(clip.half or "fp32")}
+    row |= {"device": str(clip.device), "torch": torch.__version__, "commit": commit()}
+    row |= {"open_clip": open_clip.__version__, "time": time.ctime(), "stamp": stamp}
+    others = read_rows(path).values()  # anew: meanwhile another process may have added some
+    others = [r for r in others if (r["evaluated_on"], r["classes"]) != (target.name, half)]
+    write(path, json.dumps([*others, row], indent=1).encode())
+    return row
+
+
+def read_rows(path):
+    """{stamp: row} of a results.json, nothing where there is none. Raises Error."""
+    try:
+        rows = json.loads(path.read_text("utf-8")) if path.exists() else []
+        return {row["stamp"]: row for row in rows}
+    except (ValueError, TypeError, LookupError) as problem:
+        raise Error(f"{path} holds no results ({problem}); move it away") from None
+
+
+@torch.no_grad()
+def measured(cfg, clip, target, classifier):
+    """Accuracies in percent of a classifier and of zero-shot CLIP, and the two variances of UPT's
+    study (Fig. 1 d, e): of unit image features within a class, of unit text features between."""
+    start, predict = time.time(), classifier(target)
+    pictures = [picture for picture, _, _ in target.test]
+    batches = [pictures[i : i + TEST_BATCH] for i in range(0, len(pictures), TEST_BATCH)]
+    pool, features, logits = ThreadPoolExecutor(cfg.workers), [], []
+    ready = ahead(pool, lambda picture: view(decode(picture), clip.image_size), batches)
+    for batch in tqdm(ready, "test images", len(batches), leave=False):
+        x = normalised(clip, batch)
+        f = unit_features(clip, x)
+        features.append(f)
+        logits.append(predict(x, f) if callable(predict) else f @ predict.T)
+    f, w = torch.cat(features), zero_shot_weights(clip, target)[:, 0]
+    y = to_device(torch.tensor([label for _, label, _ in target.test]), clip.device)
+    member = F.one_hot(y).double()  # (n, K)
+    row = {}
+    ours_and_zero_shot = torch.cat(logits), f @ w.T
+    for scores, overall, mean_class in zip(ours_and_zero_shot, OVERALL, MEAN_CLASS, strict=True):
+        right = 100 * (scores.argmax(1) == y).double()
+        row[overall] = right.mean().item()
+        row[mean_class] = (right @ member / member.sum(0)).mean().item()
+    centre = (member.T @ f.double() / member.sum(0)[:, None])[y]  # (n, D)
+    row["intra_class_variance"] = (f - centre).square().sum(1).mean().item()
+    row["inter_class_variance"] = (w - w.mean(0)).square().sum(1).mean().item()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return row | {"eval_seconds": time.time() - start, "peak_gpu_mb": peak / 2**20}
+
+
+def commit():
+    """The repository's commit, "" where there is none."""
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        folder = Path(__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+    return ""
+
+
+@dataclasses.dataclass
+class ZeroShot(Config):
+    shots: int = 0  # nothing is trained
+    ensemble: bool = False  # the mean over CoOp's seven templates and the data set's own
+
+
+def zero_shot(cfg):
+    """Zero-shot CLIP, the smallest method (CoOp trainers/zsclip.py)."""
+    data = few_shot(cfg)
+    clip = load_clip(cfg)
+
+    def classifier(dataset):
+        templates = [dataset.template, *(SEVEN if cfg.ensemble else ())]
+        return F.normalize(zero_shot_weights(clip, dataset, templates).mean(1), dim=-1)
+
+    return evaluate(cfg, clip, data, classifier)
+
+
+TOOLS = {
+    "predict": "ask.predict",
+    "interpret": "ask.interpret",
+    "report": "report.main",
+    "download": "download.main",
+    "benchmark": "benchmark.main",
+    "shapes": "shapes.main",
+}
+
+
+def main(name="", *argv):
+    """A tool by its name, else zero-shot CLIP."""
+    if name in TOOLS:
+        module, function = TOOLS[name].split(".")
+        tool = importlib.import_module(f"tests.tools.{module}")
+        script(lambda: getattr(tool, function)(list(argv)))
+    else:
+        script(lambda: zero_shot(cli(ZeroShot)))
 
 
 if __name__ == "__main__":
-    tool("report" if sys.argv[1:2] == ["report"] else "zero_shot").main()
+    import common  # the module that the tools import, not this second copy of it
+
+    common.main(*sys.argv[1:])

@@ -1,13 +1,21 @@
 """SoftCPT: many tasks at once; a meta-network turns each task's name into its prompt context.
 
-Ding et al., "Prompt Tuning with Soft Context Sharing for Vision-Language Models", 2022
-https://arxiv.org/abs/2208.13474      official code: github.com/kding1225/softcpt, commit 7cab4b9
+    f_t = g([U]_1 ... [U]_m [TASK]_t .)                       task feature (Fig. 2 b)
+    f_c = g([V]_1 ... [V]_n [CLASS]_c .)                      class feature, with --class_context
+    S_t = reshape(W f_t)    or    S_c = reshape(W [f_c; f_t]) the soft context, M vectors
+    w_c = n(g([S]_1 ... [S]_M [CLASS]_c .)), S of c's task    n(x) = x / ||x||, g: text encoder
+    L   = mean over images of CE(s <f, w_c> over the classes c of the image's own task)    (Eq. 8)
+
+    f_t  task feature   (T, D)     W    meta-network, linear  (D or 2D, M d_t)     T  tasks
+    f_c  class feature  (C, D)     S    generated contexts    (T or C, M, d_t)     C  all classes
+    U, V  learned contexts of the names
+
+Ding et al., "Multi-task prompt tuning with soft context sharing
+for vision-language models", Neurocomputing 603, 128290, 2024; https://arxiv.org/abs/2208.13474
+Official code: github.com/kding1225/softcpt, commit 7cab4b9
 
     python softcpt.py --dataset general10 --shots 16
     python softcpt.py --dataset my_birds,my_boats --tasks "bird species,boat type recognition"
-
-    f_t  task feature   (T, D)     W    meta-network, linear  (D or 2D, M d_t)     T  tasks
-    f_c  class feature  (C, D)     V    generated contexts    (T or C, M, d_t)     C  all classes
 
 Deviations from the official code, and its quirks that we keep:
  1. One optimiser and schedule step per event. --official: the release registers one optimiser
@@ -15,15 +23,14 @@ Deviations from the official code, and its quirks that we keep:
  2. task_n_ctx is 4, as in the released commands; the paper's parameter counts fit 8.
  3. Few-shot picks are CoOp's for each task; the release's forked workers made them irreproducible.
  4. General-10 on CoOp's split files, because the release's are not public, with task names of ours:
-    numbers compare only roughly. RS-8's members are not public; a comma list of folders serves it.
- 5. Kept: f_t and f_c are not normalised, W has no bias, tasks are not re-weighted.
- 6. Learnables in fp32. Plant-6's train/ and test/ are not mixed; PlantVillage's template is plain.
+    numbers compare only roughly. Plant-6, RS-8 and Fashion-20: as a comma list of their folders.
+ 5. Kept: f_t and f_c are not normalised, W has no bias, tasks are not re-weighted. fp32, not fp16.
 """
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -31,7 +38,7 @@ import torch.nn.functional as F
 
 import common
 
-TASKS = {  # names of ours, in the style of the release's only public one
+GENERAL10 = {  # task names of ours, in the style of the release's only public one
     "caltech101": "general object classification",
     "dtd": "texture classification",
     "eurosat": "land use and land cover classification with satellite images",
@@ -42,209 +49,202 @@ TASKS = {  # names of ours, in the style of the release's only public one
     "stanford_cars": "car model classification",
     "sun397": "scene classification",
     "ucf101": "human action classification",
-    "fruit_vegetable": "fruits and vegetables image classification",
 }
-GENERAL10 = list(TASKS)[:10]
-PLANT6 = {  # folder below --data: what a photo is a type of
-    "fruit_vegetable/images": "fruit or vegetable",
-    "kaggle_flower_recognition/flowers": "flower",
-    "kaggle_mushroom/Mushrooms": "mushroom",
-    "kaggle_vegetable/images": "vegetable",
-    "PlantSeedlingV1/Nonsegmented": "seedling",
-    "PlantVillage/Plant_leave_diseases_dataset_without_augmentation": "",  # class names say it
-}
-FASHION = ["pants"] * 3 + ["tops"] * 4 + ["shoes"] * 7 + ["hat"] + ["socks"] * 2
-FASHION += ["skirt", "tops", "underwear"]  # by task index (official fashion20 templates)
+PER_CLASS = ["caltech101", "fgvc_aircraft", "oxford_flowers", "oxford_pets"]
 EPOCHS = 50  # for every number of shots
-VARIANTS = Literal["NATA", "NATS", "CATA", "CSTA", "CATS", "CSTS", "MT", "CA"]
-PER_CLASS = ["caltech101", "fgvc_aircraft", "oxford_flowers", "oxford_pets"]  # and Fashion-20
 
 
 @dataclass
 class Config(common.Config):
-    dataset: str = "shapes,textures,colours"  # tasks: general10, plant6, fashion20 or a comma list
-    tasks: str = ""  # comma list of task names in the same order, or a file with one per line
-    model: str = "RN50"  # the paper's backbone; shapes has its own
-    variant: VARIANTS = "NATA"  # class part, then task part; or a baseline: see SoftContext
+    dataset: str = "shapes,textures,colours"  # tasks: general10, or a comma list of data sets
+    tasks: str = ""  # comma list of their names in words; "" = made of the data sets' names
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context of the task's name
-    class_n_ctx: int = 4  # n, learned context of the class name (variants C*)
-    class_rate: float = 0.0  # rho, share of negatives per step (C*); 0 = General-10: 0.1, else 1
+    task_context: Literal["shared", "specific"] = "shared"  # U: one (TA), or one per task (TS)
+    class_n_ctx: int = 4  # n, learned context of the class name
+    class_context: Literal["none", "shared", "specific"] = "none"  # V: NA, CA, or per class (CS)
+    class_rate: float = 0.0  # share of other classes a step; 0 = General-10: 0.1, else 1
+    baseline: Literal["", "one context", "one per task"] = ""  # without W: CoOp-MT, CoOp-CA
     official: bool = False  # the release's repeated steps
-    views: int = 0  # epochs of augmented views to encode and reuse; 0 = new views every epoch
-    task: str = ""  # with --predict: the data set whose classes to choose from
+
+    paper_model: ClassVar[str] = "RN50"
 
 
 class SoftContext(nn.Module):
-    """The learnables. V_t = reshape(W f_t), or V_c = reshape(W [f_c; f_t]) in the C variants.
-    Variants: class part NA (none), CA, CS (class context shared or specific), then task part TA, TS
-    (task context shared or specific). Baselines without W: MT, one context for all tasks; CA, one
-    per task (CoOp-MT and CoOp-CA of the paper's tables, trained jointly)."""
+    """The learnables: task_ctx U, class_ctx V and the meta-network W; of a baseline ctx alone."""
 
-    def __init__(self, cfg, d_t, D, tasks, classes):
+    def __init__(self, cfg, clip, n_tasks, n_classes):
         super().__init__()
+        d_t, D = clip.text_projection.shape
 
         def context(rows, length):
             return nn.Parameter(0.02 * torch.randn(rows, length, d_t))
 
-        self.baseline = cfg.variant in ("MT", "CA")
-        self.per_class = not self.baseline and cfg.variant[0] == "C"
-        if self.baseline:
-            self.ctx = context(tasks if cfg.variant == "CA" else 1, cfg.n_ctx)
+        self.with_classes = cfg.class_context != "none"
+        if cfg.baseline:
+            self.ctx = context(n_tasks if cfg.baseline == "one per task" else 1, cfg.n_ctx)
             return
-        self.task_ctx = context(tasks if cfg.variant.endswith("TS") else 1, cfg.task_n_ctx)
-        if self.per_class:
-            self.class_ctx = context(classes if cfg.variant[:2] == "CS" else 1, cfg.class_n_ctx)
-        self.meta = nn.Linear(D * (1 + self.per_class), cfg.n_ctx * d_t, bias=False)
+        self.task_ctx = context(n_tasks if cfg.task_context == "specific" else 1, cfg.task_n_ctx)
+        if self.with_classes:
+            rows = n_classes if cfg.class_context == "specific" else 1
+            self.class_ctx = context(rows, cfg.class_n_ctx)
+        width = 2 * D if self.with_classes else D
+        self.meta = nn.Linear(width, cfg.n_ctx * d_t, bias=False)
         nn.init.normal_(self.meta.weight, std=0.02)
 
-    def words(self):
-        return (self.ctx if self.baseline else self.task_ctx).flatten(0, 1)
+    def forward(self, clip, words):
+        """w (C, D), unit text features of words, the Words of C classes of any tasks."""
+        if hasattr(self, "ctx"):
+            w = common.encode_prompts(clip, words.names, self.ctx, words.task)
+            return F.normalize(w, dim=-1)
+        f_t = common.encode_prompts(clip, words.titles, self.task_ctx, words.title_rows)  # (T, D)
+        S_of, x = words.task, f_t
+        if self.with_classes:
+            f_c = common.encode_prompts(clip, words.short_names, self.class_ctx, words.rows)
+            own = F.embedding(words.task, f_t)  # f_t[task], its gradient added up in one order
+            S_of, x = torch.arange(len(own), device=own.device), torch.cat([f_c, own], 1)
+        S = self.meta(x).unflatten(1, (-1, self.task_ctx.shape[-1]))  # (T or C, M, d_t)
+        return F.normalize(common.encode_prompts(clip, words.names, S, S_of), dim=-1)
 
 
-def text_features(clip, prompt, titles, task_rows, names, name_rows, of):
-    """(C, D) features, before normalisation, of classes in the contexts of their tasks. titles:
-    embedded task names (T); task_rows (T,): their rows in task_ctx; names: class names embedded for
-    class_ctx and for V; name_rows (C,): their rows in class_ctx; of (C,): their tasks. A context
-    table with one row serves all. F.embedding(of, x): x[of], its gradient summed in one order."""
-    if prompt.baseline:
-        return common.encode_prompts(clip, names[1], prompt.ctx, task_rows[of])
-    f_t = common.encode_prompts(clip, titles, prompt.task_ctx, task_rows)
-    group, x = of, f_t
-    if prompt.per_class:
-        f_c = common.encode_prompts(clip, names[0], prompt.class_ctx, name_rows)
-        group, x = torch.arange(len(of), device=of.device), torch.cat([f_c, F.embedding(of, x)], 1)
-    V = prompt.meta(x).unflatten(1, (-1, prompt.task_ctx.shape[-1]))  # (T or C, M, d_t)
-    return common.encode_prompts(clip, names[1], V, group)
+@dataclass
+class Words:
+    """Class names and what their prompts need: names embedded for S, short_names for V, titles (the
+    tasks' names) for U; task (C,), the title of each class; rows (C,), title_rows (T,): which rows
+    of V and U are theirs."""
+
+    names: common.Names
+    short_names: common.Names
+    titles: common.Names
+    task: torch.Tensor
+    rows: torch.Tensor
+    title_rows: torch.Tensor
+
+    def select(self, columns):
+        """The Words of some of the classes; columns: their indices, on the host."""
+        there = common.to_device(columns, self.task.device)
+        names, short_names = self.names.select(columns), self.short_names.select(columns)
+        task, rows = self.task[there], self.rows[there]
+        return Words(names, short_names, self.titles, task, rows, self.title_rows)
+
+
+def words_of(cfg, clip, classnames, titles, task, first_row=0, first_title=0):
+    """The Words of class names of all titles; task: each class's title, on the host."""
+    embed = partial(common.embed_names, clip)
+    names, short_names = embed(classnames, cfg.n_ctx), embed(classnames, cfg.class_n_ctx)
+    titles = embed(titles, cfg.task_n_ctx)
+    rows = torch.arange(len(classnames), device=clip.device) + first_row
+    title_rows = torch.arange(len(titles.tail), device=clip.device) + first_title
+    task = common.to_device(task, clip.device)
+    return Words(names, short_names, titles, task, rows, title_rows)
+
+
+@dataclass
+class Tasks:
+    """The data sets learned together; a column is a class among those of all tasks."""
+
+    sets: list  # of common.Dataset
+    titles: list  # each task's name, in words
+    first: list  # each task's first column
+    column_task: torch.Tensor  # (C,) the task of each column, on the host
+
+    def union(self):
+        """One Dataset of all tasks' pictures, labelled by column."""
+        train, classnames = [], []
+        for d, first in zip(self.sets, self.first, strict=True):
+            train += [(picture, y + first, c) for picture, y, c in d.train]
+            classnames += d.classnames
+        return self.sets[0]._replace(train=train, classnames=classnames)
+
+
+def load_tasks(cfg):
+    """The Tasks of cfg.dataset with their few-shot picks. Raises common.Error."""
+    names = [*GENERAL10] if cfg.dataset == "general10" else cfg.dataset.split(",")
+    sets = [common.few_shot(cfg, common.load_dataset(name, cfg.data)) for name in names]
+    titles = [title.strip() for title in cfg.tasks.split(",") if title.strip()]
+    titles = titles or [title_of(d.name) for d in sets]
+    if len(titles) != len(sets) or len({d.name for d in sets}) < len(sets):
+        raise common.Error(
+            f"--dataset {cfg.dataset}: a task stands twice, or --tasks are not as many"
+        )
+    sizes = torch.tensor([len(d.classnames) for d in sets])
+    first = (sizes.cumsum(0) - sizes).tolist()
+    return Tasks(sets, titles, first, torch.arange(len(sets)).repeat_interleave(sizes))
+
+
+def title_of(name):
+    """A data set's task in words."""
+    words = name.rsplit("/", 1)[-1].replace("_", " ")
+    return GENERAL10.get(name, f"{words} classification")
 
 
 def task_loss(logits, labels, column_task):
-    """Mean cross-entropy over each sample's own task's columns (release: mtcoop.py, loss).
+    """Mean cross-entropy over each sample's own task's columns (release: mtcoop.py, loss; Eq. 8).
     logits (B, C) over the classes of all tasks; labels (B,) columns; column_task (C,)."""
     foreign = column_task != column_task[labels][:, None]  # (B, C)
     return F.cross_entropy(logits.masked_fill(foreign, -math.inf), labels)
 
 
 def sample_classes(labels, column_task, rate):
-    """Sorted columns: those of the batch, and of each task ceil(rate x others) drawn at random."""
+    """Sorted columns: those of the batch, and of each task ceil(rate x others) drawn at random; on
+    the host, so that the device need not be asked how many there are."""
     positive = torch.zeros_like(column_task, dtype=torch.bool)
     positive[labels] = True
     chosen = [positive.nonzero()[:, 0]]
     for t in column_task.unique():
         others = ((column_task == t) & ~positive).nonzero()[:, 0]
-        order = torch.randperm(len(others)).to(others.device)
+        order = torch.randperm(len(others))
         chosen.append(others[order[: math.ceil(rate * len(others))]])
     return torch.cat(chosen).sort().values
 
 
-def train(cfg, clip, data):
-    """Learns from data, a list of tasks; returns what coop.train does. Raises common.Error."""
-    torch.manual_seed(cfg.seed)
-    specific = cfg.variant.startswith("CS") or (cfg.transfer and cfg.variant[-2:] in ("TS", "CA"))
-    if specific and (cfg.transfer or cfg.classes == "base"):
-        raise common.Error(f"--variant {cfg.variant}: its contexts serve no other names or tasks")
-    s, device = clip.logit_scale.exp(), clip.logit_scale.device
-    d_t, D = clip.text_projection.shape
-    sizes = torch.tensor([len(d.classnames) for d in data], device=device)
-    task_names, offsets = [d.name for d in data], sizes.cumsum(0) - sizes
-    column_task = torch.arange(len(data), device=device).repeat_interleave(sizes)  # (C,)
-    pairs = zip(data, offsets.tolist(), strict=True)
-    union = [(path, label + start, c) for d, start in pairs for path, label, c in d.train]
-    prompt = SoftContext(cfg, d_t, D, len(data), len(column_task)).to(device)
-    epochs = cfg.epochs or EPOCHS
+def train(cfg, clip, tasks, prompt):
+    """Learns U, V and W on all tasks at once."""
+    union = tasks.union()
+    repeat = 3 + prompt.with_classes if cfg.official and not cfg.baseline else 1  # registrations
+    optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or EPOCHS, repeat)
+    images = common.Loader(cfg, clip, union)
+    words = words_of(cfg, clip, union.classnames, tasks.titles, tasks.column_task)
     rate = cfg.class_rate or (0.1 if cfg.dataset == "general10" else 1)
-    optimizer, scheduler = common.sgd_cosine(prompt.parameters(), cfg.lr, epochs)
-    times = 3 + prompt.per_class if cfg.official and not prompt.baseline else 1  # registrations
-    batches = common.loader(cfg, clip, data[0]._replace(train=union), frozen=True, repeat=cfg.views)
-
-    def embed(classnames):
-        return [common.embed_names(clip, classnames, n) for n in (cfg.class_n_ctx, cfg.n_ctx)]
-
-    known = task_titles(cfg, task_names)
-    titles = common.embed_names(clip, known, cfg.task_n_ctx)
-    names = embed([c for d in data for c in d.classnames])
-    task_rows, all_columns = (torch.arange(len(x), device=device) for x in (data, column_task))
-    for epoch in common.training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
-        for f, labels in batches(epoch):
-            columns, chosen = all_columns, names
-            if prompt.per_class and rate < 1:
-                columns = sample_classes(labels, column_task, rate)
-                chosen = [common.Names(n.sos, *(x[columns] for x in n[1:])) for n in names]
-            of = column_task[columns]
-            w = text_features(clip, prompt, titles, task_rows, chosen, columns, of)
-            logits = s * f @ F.normalize(w, dim=-1).T  # (B, C)
-            loss = task_loss(logits, torch.searchsorted(columns, labels), of)
-            common.step(loss, optimizer, times)
-        for _ in range(times):
-            scheduler.step()
-
-    def predictor(dataset):
-        own = dataset.name in task_names
-        t = task_names.index(dataset.name) if own else 0
-        strange = not own and cfg.variant[-2:] in ("TS", "CA")
-        if strange or cfg.variant[:2] == "CS" and dataset.classnames != data[t].classnames:
-            raise common.Error(f"--variant {cfg.variant}: no context for {dataset.name}'s names")
-        title = known[t] if own else task_titles(cfg, [dataset.name], new=True)[0]
-        title = common.embed_names(clip, [title], cfg.task_n_ctx)
-        rows = offsets[t] + torch.arange(len(dataset.classnames), device=device)
-        of, task = torch.zeros_like(rows), torch.tensor([t], device=device)
-        with torch.no_grad():
-            w = text_features(clip, prompt, title, task, embed(dataset.classnames), rows, of)
-            w = F.normalize(w, dim=-1)
-        return lambda f, images: s * f @ w.T
-
-    return prompt, predictor
+    for epoch in common.resumed(cfg, clip, tasks.sets, prompt, optimizer):
+        for batch, (x, y) in zip(images.order(epoch), images.epoch(epoch), strict=True):
+            chosen = words
+            if prompt.with_classes and rate < 1:
+                labels = images.labels[batch]
+                columns = sample_classes(labels, tasks.column_task, rate)
+                chosen = words.select(columns)
+                y = common.to_device(torch.searchsorted(columns, labels), clip.device)
+            f = common.unit_features(clip, x)  # (B, D), frozen
+            w = prompt(clip, chosen)  # (C, D)
+            optimizer.step(task_loss(clip.scale * f @ w.T, y, chosen.task))
 
 
-def task_titles(cfg, names, new=False):
-    """The task names of cfg.tasks, or defaults from the data sets' names."""
-    if new or not cfg.tasks:
-        return [TASKS.get(name, f"{name.replace('_', ' ')} classification") for name in names]
-    file = Path(cfg.tasks)
-    text = file.read_text(errors="replace") if file.is_file() else cfg.tasks.replace(",", "\n")
-    titles = [title.strip() for title in text.splitlines() if title.strip()]
-    if len(titles) != len(names):
-        raise common.Error(f"--tasks names {len(titles)} tasks, --dataset has {len(names)}")
-    return titles
-
-
-def load_tasks(cfg):
-    """The data sets of cfg.dataset, one per task, each of a name of its own."""
-    root = Path(cfg.data)
-    if cfg.dataset == "plant6":
-        sets = [common.load_dataset(str(root / folder), root) for folder in PLANT6]
-        for k, (folder, kind) in enumerate(PLANT6.items()):
-            template = f"a photo of a {{}}, a type of {kind}."
-            sets[k] = sets[k]._replace(name=folder.split("/")[0], template=template)
-        plants = [c.split("___") for c in sets[-1].classnames]  # PlantVillage: plant, disease
-        plants = [f"{p[0]} leaf with {p[1]} disease" if p[1:] else p[0].lower() for p in plants]
-        return [*sets[:-1], sets[-1]._replace(classnames=plants, template=common.PHOTO)]
-    if cfg.dataset == "fashion20":
-        place = root / "fashion20/images"
-        folders = sorted(common.listed(place, True), key=lambda f: (len(f), f))  # 1, 2, ... 20
-        if len(folders) != len(FASHION):
-            raise common.Error(f"fashion20: {place} must hold 20 folders, 1 to 20, in task order")
-        sets = [common.load_dataset(str(place / f), root) for f in folders]
-        for k, kind in enumerate(FASHION):
-            title = f"a photo of {{}}, a type of {kind}."
-            sets[k] = sets[k]._replace(name=f"fashion20 {sets[k].name}", template=title)
-        return sets
-    names = GENERAL10 if cfg.dataset == "general10" else cfg.dataset.split(",")
-    sets = [common.load_dataset(name, root, cfg.download) for name in names]
-    if twice := {d.name for d in sets if [e.name for e in sets].count(d.name) > 1}:
-        raise common.Error(f"two tasks are named {min(twice)!r}; rename one folder")
-    return sets
+def classifier(cfg, clip, prompt, tasks, target):
+    """w (C, D) of the class names of target, a task learned or another. Raises common.Error."""
+    names = [d.name for d in tasks.sets]
+    own = target.name in names
+    t = names.index(target.name) if own else 0
+    specific = cfg.task_context == "specific" or cfg.baseline == "one per task"
+    of_classes = cfg.class_context == "specific"
+    if (specific and not own) or (of_classes and target.classnames != tasks.sets[t].classnames):
+        raise common.Error(f"specific contexts serve their own names, not {target.name}'s")
+    title = tasks.titles[t] if own else title_of(target.name)
+    task = torch.full((len(target.classnames),), t if cfg.baseline == "one per task" else 0)
+    words = words_of(cfg, clip, target.classnames, [title], task, tasks.first[t], t)
+    return prompt(clip, words)
 
 
 def main(cfg):
-    """Trains and evaluates the grid of cfg; the last accuracy in percent."""
-    return common.run(cfg, train, images=False, tasks=load_tasks, per_class=scored_per_class)
-
-
-def scored_per_class(name):
-    """Whether a task counts by mean per-class accuracy in the score, the mean over tasks."""
-    return name in PER_CLASS or name.startswith("fashion20")
+    """Trains, evaluates and records; returns the mean of the tasks' accuracies in percent, of
+    PER_CLASS that of their classes' accuracies, as the release scores them."""
+    torch.manual_seed(cfg.seed)
+    tasks = load_tasks(cfg)
+    clip = common.load_clip(cfg)
+    prompt = SoftContext(cfg, clip, len(tasks.sets), len(tasks.column_task)).to(clip.device)
+    train(cfg, clip, tasks, prompt)
+    ours = partial(classifier, cfg, clip, prompt, tasks)
+    return common.evaluate(cfg, clip, tasks.sets, ours, PER_CLASS)
 
 
 if __name__ == "__main__":
-    main(common.cli(Config))
+    common.script(lambda: main(common.cli(Config)))
