@@ -4,6 +4,7 @@ import contextlib
 import json
 import runpy
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import open_clip
@@ -11,7 +12,12 @@ import pytest
 import torch
 
 import common
-from tests import shapes
+import coop
+import dpt
+import enprompt
+import softcpt
+import upt
+from tests.tools import shapes
 
 HERE = Path(common.__file__).parent
 NAMES = ["cat", "striped_star", "a very blurry hourglass"]  # of one, two and more tokens
@@ -73,43 +79,80 @@ def toy(count=6):
     return common.Dataset("toy", items, [], items, NAMES, "a photo of a {}.")
 
 
-def untrained(method, clip, data, **options):
-    """What method.train returns when there is no epoch left to train: its initial state."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "training", lambda *args: ())
-        return method.train(method.Config(**options), clip, data)
+def new_prompt(method, cfg, clip, data):
+    """The learnables at their start, as method.main makes them. data: of SoftCPT its Tasks."""
+    torch.manual_seed(cfg.seed)
+    if method is coop:
+        return coop.PromptLearner(cfg, clip, len(data.classnames))
+    if method is dpt:
+        return dpt.DualPrompt(cfg, clip, len(data.classnames))
+    if method is upt:
+        d_t = clip.token_embedding.weight.shape[1]
+        return upt.UnifiedPrompt(cfg, d_t, clip.blocks()[0].ln_1.weight.numel())
+    if method is enprompt:
+        return enprompt.ExternalLayer(cfg, clip)
+    return softcpt.SoftContext(cfg, clip, len(data.sets), len(data.column_task))
 
 
-def rehearsed(method, clip, data, **options):
-    """The losses, epoch by epoch, of training that takes no step, and the initial learnables."""
-    losses = []
+class Batches:
+    """Stands in for common.Loader: the same pairs of images and labels in every epoch."""
 
-    def step(loss, optimizer, times=1):
-        losses.append(loss)
-        optimizer.step()  # without gradients: moves nothing
+    def __init__(self, pairs):
+        self.pairs = pairs
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "training", lambda *args: range(args[-1]))
-        patch.setattr(common, "step", step)
-        prompt, _ = method.train(method.Config(**options), clip, data)
-    return losses, prompt
+    def order(self, epoch):
+        return range(len(self.pairs))
+
+    def epoch(self, epoch):
+        yield from self.pairs
 
 
-def rates(method, clip, data, **options):
-    """The learning rate of each parameter group in each epoch of the schedule of method."""
-    found = []
+# before, gradients: {name: tensor} of the learnables; times: how often SGD stepped.
+Step = namedtuple("Step", "before loss gradients times")
 
-    def training(cfg, clip, data, prompt, optimizer, scheduler, epochs):
-        for epoch in range(epochs):
-            found.append([group["lr"] for group in optimizer.param_groups])
-            optimizer.step()  # without gradients: moves nothing
+
+def rehearse(method, cfg, clip, data, prompt, batches=None, epochs=(0,), moving=False):
+    """What method.train does in the epochs numbered: (its Steps, [rates of the groups] per epoch).
+
+    Every step is taken by the project's own Optimizer. Unless moving, what it moved is put back.
+    batches: pairs of images and labels, the same in every epoch; None: those of common.Loader.
+    epochs: None for all that the method asks for.
+    """
+    steps, rates, take_step = [], [], common.Optimizer.step
+
+    def resumed(cfg, clip, data, prompt, optimizer):
+        for epoch in range(optimizer.epochs) if epochs is None else epochs:
+            rates.append([group["lr"] for group in optimizer.sgd.param_groups])
             yield epoch
+            if not optimizer.losses:  # an epoch without batches
+                optimizer.losses.append(torch.zeros(()))
+            optimizer.end_epoch()
+
+    def step(optimizer, loss):
+        before = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
+        taken = []
+        hook = optimizer.sgd.register_step_post_hook(lambda *args: taken.append(args))
+        take_step(optimizer, loss)
+        hook.remove()
+        found = {n: p.grad.clone() for n, p in prompt.named_parameters() if p.grad is not None}
+        steps.append(Step(before, loss.detach(), found, len(taken)))
+        if not moving:
+            prompt.load_state_dict(before)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "training", training)
-        patch.setattr(common, "loader", lambda *args, **more: lambda epoch: ())
-        method.train(method.Config(**options), clip, data)
-    return found
+        if batches is not None:
+            patch.setattr(common, "Loader", lambda cfg, clip, data: Batches(batches))
+        patch.setattr(common, "resumed", resumed)
+        patch.setattr(common.Optimizer, "step", step)
+        method.train(cfg, clip, data, prompt)
+    return steps, rates
+
+
+def schedule(method, clip, data, **options):
+    """The learning rates of each group of parameters in each epoch of method."""
+    cfg = method.Config(**options)
+    prompt = new_prompt(method, cfg, clip, data)
+    return rehearse(method, cfg, clip, data, prompt, batches=[], epochs=None)[1]
 
 
 def built(embed_dim=24, quick_gelu=True, **vision):
@@ -117,28 +160,26 @@ def built(embed_dim=24, quick_gelu=True, **vision):
     torch.manual_seed(0)
     vision = {"image_size": 32, "layers": 3, "width": 48, "patch_size": 8} | vision
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
-    clip = open_clip.CLIP(embed_dim, {"head_width": 16} | vision, text, quick_gelu)
-    for p in clip.requires_grad_(False).eval().parameters():
+    model = open_clip.CLIP(embed_dim, {"head_width": 16} | vision, text, quick_gelu)
+    for p in model.requires_grad_(False).parameters():
         p += 0.02 * torch.randn_like(p)
-    clip.visual.image_mean, clip.visual.image_std = shapes.MEAN, shapes.STD
-    clip.tokenize, clip.half_dtype = open_clip.get_tokenizer("ViT-B-32"), None
-    clip.fingerprint = "built"
-    return clip
+    model.visual.image_mean, model.visual.image_std = shapes.MEAN, shapes.STD
+    return common.Clip(model, open_clip.get_tokenizer("ViT-B-32"))
 
 
 @contextlib.contextmanager
 def interrupted(at):
     """The body's training ends like a Ctrl-C in its step number at, which it must reach."""
-    taken, step = [], common.step
+    taken, take_step = [], common.Optimizer.step
 
-    def counted(*args):
-        taken.append(args)
+    def counted(optimizer, loss):
+        taken.append(loss)
         if len(taken) == at:
             raise KeyboardInterrupt
-        step(*args)
+        take_step(optimizer, loss)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "step", counted)
+        patch.setattr(common.Optimizer, "step", counted)
         yield
 
 
@@ -172,15 +213,16 @@ def clip(world):
 
 @pytest.fixture
 def fit(world, tmp_path):
-    """fit(method, ...) runs method.main on the small world; fit.rows() are its records."""
+    """fit(method, ...) runs method.main on the small world; fit.rows() are the records of all its
+    runs, the last evaluated last."""
 
     def fit(method, **options):
         usual = {"shots": 1, "epochs": 1, "device": "cpu", "data": str(world), "out": str(tmp_path)}
         return method.main(method.Config(**usual | options))
 
     def rows():
-        path = tmp_path / "results.jsonl"
-        return [json.loads(line) for line in path.open()] if path.exists() else []
+        files = sorted(tmp_path.rglob("results.json"), key=lambda path: path.stat().st_mtime_ns)
+        return [row for path in files for row in json.loads(path.read_text("utf-8"))]
 
     fit.rows = rows
     return fit

@@ -1,4 +1,5 @@
-"""For the tests: miniatures of the fifteen data sets in their layout, a CLIP, a watched disk."""
+"""For the tests: miniatures of the fifteen data sets in their layout, a CLIP, a watched disk,
+killed processes."""
 
 import itertools
 import json
@@ -132,6 +133,17 @@ def picture(path, label=0, size=(40, 34)):
     Image.fromarray((noise + 60 * (label % 3)).astype(np.uint8)).save(path)
 
 
+def tree(folder, files, label=0):
+    """Draws images at these paths below folder; other files hold a few words."""
+    for file in files:
+        if Path(file).suffix in (".png", ".jpg", ".JPG", ".bmp"):
+            picture(folder / file, label)
+        else:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("no image")
+    return folder
+
+
 def miniature(name, root):
     """Writes the data set below root as its owners lay it out; {part: its items in order}."""
     if name == "fgvc_aircraft":
@@ -208,7 +220,9 @@ def run_coop(*flags):
 
 
 def records(out):
-    return [json.loads(line) for line in (Path(out) / "results.jsonl").read_text().splitlines()]
+    """The rows of all results.json below out."""
+    files = sorted(Path(out).rglob("results.json"))
+    return [row for file in files for row in json.loads(file.read_text("utf-8"))]
 
 
 def one_line(capsys, end):
@@ -220,10 +234,10 @@ def one_line(capsys, end):
 
 
 def refusal(capsys, command, *arguments):
-    """The one line with which command(*arguments) ends, exit code 2."""
+    """The one line with which command(*arguments), run as a script, ends; exit code 2."""
     capsys.readouterr()
     try:
-        command(*arguments)
+        common.script(lambda: command(*arguments))
     except SystemExit as end:
         return one_line(capsys, end)
     raise AssertionError("it was not refused")
@@ -282,8 +296,10 @@ def confined(*folders):
 
 # ---------------------------------------------------------------------------- killed processes
 
-processes = multiprocessing.get_context("forkserver")  # its children have imported torch already
-processes.set_forkserver_preload(["tests.miniatures"])
+processes = multiprocessing.get_context("spawn")
+if "forkserver" in multiprocessing.get_all_start_methods():  # its children have imported torch
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.miniatures"])
 
 
 def child(command, *arguments, log=os.devnull):
@@ -312,7 +328,7 @@ def _killed_at(n, command, arguments):
 
     def die(path):
         if next(count) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     with watched(die):
         command(*arguments)

@@ -1,45 +1,49 @@
-"""--download against a server on 127.0.0.1: whole, broken, hostile; nothing half-made is left."""
+"""download.py against a server on 127.0.0.1: whole, broken, hostile; nothing half-made is left."""
 
-import contextlib
 import hashlib
 import io
+import json
+import multiprocessing
 import os
 import random
-import resource
 import shutil
-import signal
-import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import common
-from tests import download, miniatures
-from tests.miniatures import child, confined, killed_at, miniature, refusal, watched
+from tests.tools import download
 
-# Where the images' parent folder lies in each archive, and what the images are called there.
-ARCHIVES = {
-    "caltech101": ("caltech-101", "101_ObjectCategories.tar.gz"),  # an archive in the archive
-    "dtd": ("dtd", "images"),
-    "eurosat": ("", "2750"),
-    "fgvc_aircraft": ("fgvc-aircraft-2013b/data", "images"),
-    "food101": ("food-101", "images"),
-    "oxford_flowers": ("", "jpg"),
-    "oxford_pets": ("", "images"),
-    "stanford_cars": ("stanford_cars", ""),
-    "sun397": ("sun397", "SUN397"),
-    "ucf101": ("ucf101", "UCF-101-midframes"),
-    "imagenetv2": ("", "imagenetv2-matched-frequency-format-val"),
-    "imagenet_sketch": ("", "sketch"),
-    "imagenet_a": ("", "imagenet-a"),
-    "imagenet_r": ("", "imagenet-r"),
+resource = pytest.importorskip("resource")  # POSIX: a full disk is made by its limit
+processes = multiprocessing.get_context("fork")  # children have imported torch already
+
+# The folder of the images in each owner's archive
+INSIDE = {
+    "caltech101": "caltech-101/101_ObjectCategories",
+    "dtd": "dtd/images",
+    "eurosat": "2750",
+    "fgvc_aircraft": "fgvc-aircraft-2013b/data/images",
+    "food101": "food-101/images",
+    "oxford_flowers": "jpg",
+    "oxford_pets": "images",
+    "stanford_cars": "stanford_cars/cars_train",
+    "sun397": "sun397/SUN397",
+    "ucf101": "ucf101/UCF-101-midframes",
+    "imagenetv2": "imagenetv2-matched-frequency-format-val",
+    "imagenet_sketch": "sketch",
+    "imagenet_a": "imagenet-a",
+    "imagenet_r": "imagenet-r",
 }
-SHIPPED = ("stanford_cars", "sun397", "ucf101")  # copies that bring their split file
+WORDNET = ["n01440764", "n01498041", "n02119022"]
+VARIANTS = ["707-320", "Boeing 717", "F-A 18"]
 
 
 class Server(ThreadingHTTPServer):
@@ -87,24 +91,19 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A running Server to which every address of tests/download.py leads, checksums left out."""
+    """A running Server to which every address leads, the archives' checksums left out."""
     server = Server()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    monkeypatch.setattr(download, "HOSTS", hosts(server.url))
-    monkeypatch.setattr(download, "SOURCES", {k: row[:1] for k, row in download.SOURCES.items()})
+    sources = {}
+    for name, source in download.SOURCES.items():
+        sources[name] = source._replace(url=server.url + source.url.split("/")[-1], md5="")
+    monkeypatch.setattr(download, "SOURCES", sources)
+    monkeypatch.setattr(download, "SPLITS", server.url)
     yield server
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-def hosts(url):
-    return dict.fromkeys([*download.HOSTS, "http", "https"], url)
-
-
-def archive_name(name):
-    return download.SOURCES[name][0].split("/")[-1].split(":")[-1]
 
 
 def pack(name, entries):
@@ -121,57 +120,72 @@ def pack(name, entries):
             if isinstance(content, dict):
                 for field, value in content.items():
                     setattr(info, field, value)
-                archive.addfile(info)
-            else:
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+                content = b""
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
     return file.getvalue()
 
 
-def serve(server, name, tmp_path):
-    """Puts a miniature of the data set on the server as its owners pack it; returns its items."""
-    here = tmp_path / "owner"
-    items = miniature(name, here)
-    folder, images = Path(common.TABLE[name][0]), common.TABLE[name][1]
-    inside, called = ARCHIVES[name]
+def archive_name(name):
+    return download.SOURCES[name].url.split("/")[-1]
+
+
+def lists(name):
+    """{part: [[path below the images, label, class name], ...]} of a small split file."""
+    prefix = {"train": "", "val": "", "test": ""}
+    if name == "stanford_cars":
+        prefix = {"train": "cars_train/", "val": "cars_train/", "test": "cars_test/"}
+    split = {}
+    for i, part in enumerate(common.PARTS):
+        rows = [[f"{prefix[part]}{label}_{i}.jpg", label, f"class {label}"] for label in range(3)]
+        split[part] = rows
+    return split
+
+
+def owners(name):
+    """(entries of the owner's archive, bytes of the split file or None)."""
+    inside = INSIDE[name]
+    if name == "fgvc_aircraft":
+        above = inside.removesuffix("/images")
+        entries = [(f"{above}/variants.txt", "\n".join(VARIANTS).encode())]
+        for i, part in enumerate(common.PARTS):
+            lines = [f"{10 * i + n} {variant}\n" for n, variant in enumerate(VARIANTS)]
+            entries.append((f"{above}/images_variant_{part}.txt", "".join(lines).encode()))
+            entries += [(f"{inside}/{10 * i + n}.jpg", b"picture") for n in range(3)]
+        return entries, None
+    if not common.BENCHMARKS[name].split:
+        keys = ["0", "2", "10"] if name == "imagenetv2" else WORDNET
+        return [(f"{inside}/{key}/1.jpeg", b"picture") for key in keys], None
+    split = lists(name)
+    above = inside.removesuffix("cars_train").rstrip("/")
     entries = []
-    for path in sorted((here / folder).rglob("*")):
-        relative = path.relative_to(here / folder)
-        if path.is_dir():
-            continue
-        if path.suffix == ".json" and name not in SHIPPED:
-            server.files[path.name] = path.read_bytes()
-        elif images != "." and relative.parts[0] == images:
-            entries.append((f"{called}/{relative.relative_to(images)}", path.read_bytes()))
-        else:
-            entries.append((str(relative), path.read_bytes()))
-    if name == "caltech101":
-        inner = [(e.replace(called, images), content) for e, content in entries]
-        entries = [(called, pack(called, inner))]
-        entries.append(("../__MACOSX/caltech-101/._101_ObjectCategories.tar.gz", b"\0\5\x16\7"))
-    entries = [(os.path.normpath(f"{inside}/{e}").lstrip("/"), content) for e, content in entries]
-    server.files[archive_name(name)] = pack(archive_name(name), entries)
-    return items
+    for part in common.PARTS:
+        entries += [(f"{above}/{path}", b"picture") for path, *_ in split[part]]
+    return entries, json.dumps(split).encode()
 
 
-def moved(items, old, new):
-    return [(path.replace(str(old), str(new)), label, c) for path, label, c in items]
+@pytest.fixture
+def serve(server, monkeypatch):
+    """serve(name) puts a small data set on the server as its owners pack it."""
+
+    def serve(name):
+        entries, split = owners(name)
+        if name == "caltech101":  # an archive in the archive, packed on a Mac
+            inner = [(entry.split("/", 1)[1], content) for entry, content in entries]
+            images = "caltech-101/101_ObjectCategories.tar.gz"
+            shadow = "__MACOSX/caltech-101/._101_ObjectCategories.tar.gz"
+            entries = [(images, pack(".tar.gz", inner)), (shadow, b"\0\5\x16\7")]
+        server.files[archive_name(name)] = pack(archive_name(name), entries)
+        if split:
+            title = common.BENCHMARKS[name].split
+            server.files[f"split_zhou_{title}.json"] = split
+            monkeypatch.setitem(download.BLOBS, title, blob(split))
+
+    return serve
 
 
 def blob(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()[:16]
-
-
-@pytest.fixture
-def accept(monkeypatch):
-    """Makes the miniature split file's blob id the official one."""
-
-    def accept(name, server):
-        row = common.TABLE[name]
-        if len(row) > 3 and (split := f"split_zhou_{row[2]}.json") in server.files:
-            monkeypatch.setitem(common.TABLE, name, [*row[:3], blob(server.files[split])])
-
-    return accept
 
 
 def left(root):
@@ -179,98 +193,83 @@ def left(root):
     return sorted(p.name for p in root.iterdir() if p.suffix != ".part") if root.exists() else []
 
 
+def is_whole(name, root):
+    data = common.load_dataset(name, root)
+    pictures = [item[0] for item in data.train + data.val + data.test]
+    return len(pictures) >= 3 and all(Path(p).read_bytes() == b"picture" for p in pictures)
+
+
+def refused(function, *arguments):
+    with pytest.raises(common.Error) as problem:
+        function(*arguments)
+    assert "\n" not in str(problem.value)
+    return str(problem.value)
+
+
 # ---------------------------------------------------------------------------- whole
 
 
-def test_there_is_an_address_for_every_set_but_imagenet():
-    assert {*download.SOURCES, "imagenet"} == set(common.TABLE)
-    assert {address.partition(":")[0] for address, *_ in download.SOURCES.values()} <= {
-        *("http", "https"),
-        *download.HOSTS,
-    }
-    rows = {name: row for name, row in common.TABLE.items() if row[2] not in ("wnids", "aircraft")}
-    assert sorted(rows) == sorted(miniatures.SPLIT)
-    assert all(len(row[3]) >= 16 for row in rows.values())  # a blob id each
+def test_there_is_an_address_for_every_benchmark_but_imagenet():
+    assert {*download.SOURCES, "imagenet"} == set(common.BENCHMARKS)
+    assert set(download.BLOBS) == {b.split for b in common.BENCHMARKS.values() if b.split}
+    for source in download.SOURCES.values():
+        assert source.url.startswith("http") and source.url.endswith((".zip", ".tar", "gz"))
 
 
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_each_archive_is_laid_out_as_it_is_read(name, server, accept, tmp_path):
-    items = serve(server, name, tmp_path)
-    accept(name, server)
+@pytest.mark.parametrize("name", INSIDE)
+def test_each_archive_is_laid_out_as_it_is_read(name, server, serve, tmp_path):
+    serve(name)
     root = tmp_path / "data"
-    with confined(root):
-        download.download(name, str(root))
-        data = common.load_dataset(name, root)
-    for part in "train", "val", "test":
-        assert getattr(data, part) == moved(items[part], tmp_path / "owner", root)
-    assert all(Path(item[0]).is_file() for item in data.train + data.val + data.test)
-    assert left(root) == [common.TABLE[name][0]]
+    download.main([name, "--data", str(root)])
+    assert is_whole(name, root)
+    assert left(root) == [common.BENCHMARKS[name].folder]
+    assert not list(root.rglob(".*")) and not list(root.rglob("*.gz"))
     asked = len(server.asked)
-    download.download(name, root)
-    common.load_dataset(name, root)
+    download.main([name, "--data", str(root)])
     assert len(server.asked) == asked  # what is there is not fetched again
 
 
-def test_the_script_downloads_what_it_is_asked_to(server, accept, tmp_path, capsys):
-    serve(server, "dtd", tmp_path)
-    accept("dtd", server)
-    clip, root, out = miniatures.tiny_clip(tmp_path / "clip"), tmp_path / "data", tmp_path / "runs"
-    flags = ["--dataset", "dtd", "--data", root, "--out", out, "--model", clip]
-    assert "--download" in refusal(capsys, miniatures.run_coop, *flags)
-    with confined(root, out):
-        miniatures.run_coop(*flags, "--download")
-    assert len(miniatures.records(out)) == 1
-
-
-def test_a_third_partys_copy_is_announced_with_its_terms(server, tmp_path, capsys):
-    serve(server, "sun397", tmp_path)
-    download.download("sun397", tmp_path / "data")
-    text = capsys.readouterr().out
-    assert "third party" in text and "research" in text
-
-
-def test_imagenet_says_where_to_get_it(server, tmp_path, capsys):
-    flags = ["--dataset", "imagenet", "--data", tmp_path / "data", "--download"]
-    assert "image-net.org" in refusal(capsys, miniatures.run_coop, *flags)
-    assert server.asked == []
-
-
-# ---------------------------------------------------------------------------- split files
-
-
-@pytest.mark.parametrize("name", ["dtd", "stanford_cars"])
-def test_a_missing_split_file_is_fetched_and_checked(name, server, accept, tmp_path):
-    items = miniature(name, tmp_path)
-    split = tmp_path / common.TABLE[name][0] / miniatures.SPLIT[name][1]
-    server.files[split.name] = split.read_bytes()
-    split.unlink()
-    with pytest.raises(common.Error, match="checksum"):  # it is not the official one
-        common.load_dataset(name, tmp_path)
-    assert not [p for p in tmp_path.rglob("*") if ".json" in p.name]
-    accept(name, server)
-    data = common.load_dataset(name, tmp_path)
-    assert data.train == items["train"]
-    assert split.read_bytes() == server.files[split.name]
+def test_a_split_file_is_checked_against_its_blob_id(server, serve, tmp_path, monkeypatch):
+    serve("dtd")
+    monkeypatch.setitem(download.BLOBS, "DescribableTextures", "0" * 16)
+    assert "checksum" in refused(download.download, "dtd", tmp_path)
+    assert not list(tmp_path.rglob("*.json*")) and left(tmp_path / "dtd") == []
 
 
 def test_official_split_files_have_the_ids_of_the_table():
     folder = Path(__file__).parents[2] / "shared" / "splits"
     if not folder.is_dir():
         pytest.skip(f"no official split files at {folder}")
-    known = {f"split_zhou_{row[2]}.json": row[3] for row in common.TABLE.values() if row[3:]}
     files = sorted(folder.glob("split_zhou_*.json"))
     assert len(files) == 7
     for file in files:
-        content = file.read_bytes()
-        assert (
-            hashlib.sha1(b"blob %d\0" % len(content) + content)
-            .hexdigest()
-            .startswith(known[file.name])
-        )
+        assert blob(file.read_bytes()) == download.BLOBS[file.stem.removeprefix("split_zhou_")]
+
+
+def test_a_third_partys_copy_is_announced_with_its_terms(
+    server, serve, tmp_path, monkeypatch, capsys
+):
+    serve("sun397")
+    monkeypatch.setattr(download, "COPIES", server.url)
+    download.download("sun397", tmp_path)
+    text = capsys.readouterr().out
+    assert "third party" in text and "research" in text
+
+
+def test_the_command_says_where_imagenet_is_and_what_is_near_a_name(server, tmp_path):
+    script = [sys.executable, common.__file__, "download"]
+    done = subprocess.run([*script, "imagenet", "--data", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "login: get it at image-net.org" in done.stderr
+    assert str(tmp_path / "imagenet/images") in done.stderr
+    assert "near it: dtd" in refused(download.main, ["dttd", "--data", str(tmp_path)])
+    assert "dataset" in refused(download.main, [])
+    for name in common.BENCHMARKS:
+        assert f"download {name}" in refused(common.load_dataset, name, tmp_path)
+    assert server.asked == []
 
 
 # ---------------------------------------------------------------------------- the network
-
 
 CONTENT = random.Random(3).randbytes(3_000_000)
 
@@ -282,48 +281,33 @@ def target(server, tmp_path):
     return server.url + "x.zip", tmp_path / "data" / "x.zip"
 
 
-def fails(*arguments):
-    with pytest.raises(common.Error) as problem:
-        download.fetch(*arguments)
-    return str(problem.value)
+def fetch(url, path, expected=""):
+    download.fetch(url, path, download.md5, expected)
 
 
 def test_what_is_not_there_is_named_with_its_address(server, target):
     url, path = target
     server.files.clear()
-    line = fails(url, path)
+    line = refused(fetch, url, path)
     assert url in line and "404" in line and str(path) in line
-    assert left(path.parent) == []
-
-
-def test_a_server_that_is_not_there_is_one_line(tmp_path, server):
     server.shutdown()
     server.server_close()
-    assert server.url in fails(server.url + "x.zip", tmp_path / "x.zip")
-    assert left(tmp_path) == []
+    assert url in refused(fetch, url, path)
+    assert left(path.parent) == []
 
 
 @pytest.mark.parametrize("mood", ["kind", "no ranges"])
 def test_a_cut_connection_is_continued_where_it_broke(mood, server, target):
     url, path = target
-    server.mood = "cut"
-    assert "repeat" in fails(url, path)
+    for bad in "cut", "away", "nonsense":
+        server.mood = bad
+        assert "repeat" in refused(fetch, url, path)
     assert left(path.parent) == []
     server.mood = mood
-    download.fetch(url, path, hashlib.md5(CONTENT).hexdigest())
+    fetch(url, path, hashlib.md5(CONTENT).hexdigest())
     assert path.read_bytes() == CONTENT
     assert server.asked[-1] == ("x.zip", "bytes=2000000-")
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_server_that_is_out_of_order_does_not_cost_what_was_fetched(server, target):
-    url, path = target
-    for mood in "cut", "away", "nonsense":
-        server.mood = mood
-        fails(url, path)
-    server.mood = "kind"
-    download.fetch(url, path)
-    assert server.asked[-1][1] == "bytes=2000000-" and path.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("there, asks", [(3_000_000, 1), (4_000_000, 2)])
@@ -332,18 +316,25 @@ def test_a_part_that_is_whole_or_too_long_ends_well(there, asks, server, target)
     path.parent.mkdir()
     path.with_name("x.zip.part").write_bytes((CONTENT * 2)[:there])
     if asks == 2:
-        assert "repeat" in fails(url, path)
-    download.fetch(url, path)
+        assert "repeat" in refused(fetch, url, path)
+    fetch(url, path)
     assert path.read_bytes() == CONTENT and len(server.asked) == asks
 
 
-def test_wrong_bytes_are_deleted(server, target):
+def test_wrong_bytes_are_deleted(target):
     url, path = target
-    assert "checksum" in fails(url, path, "0" * 16)
+    assert "checksum" in refused(fetch, url, path, "0" * 16)
     assert list(path.parent.iterdir()) == []
 
 
-@contextlib.contextmanager
+def test_an_archive_that_the_user_put_there_is_taken(server, serve, tmp_path):
+    serve("imagenet_r")
+    (tmp_path / "imagenet-r.tar").write_bytes(server.files.pop("imagenet-r.tar"))
+    download.download("imagenet_r", tmp_path)
+    assert is_whole("imagenet_r", tmp_path) and server.asked == []
+
+
+@contextmanager
 def full_disk(size):
     """No file of this process may grow beyond size bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -357,146 +348,206 @@ def full_disk(size):
 def test_a_full_disk_is_one_line_and_the_download_goes_on_later(server, target):
     url, path = target
     with full_disk(1_500_000):
-        assert "File too large" in fails(url, path)
+        assert "File too large" in refused(fetch, url, path)
     assert left(path.parent) == []
-    download.fetch(url, path, hashlib.md5(CONTENT).hexdigest())
-    assert path.read_bytes() == CONTENT
+    fetch(url, path, hashlib.md5(CONTENT).hexdigest())
+    assert path.read_bytes() == CONTENT and server.asked[-1][1] == "bytes=1500000-"
 
 
-def test_a_disk_that_is_full_when_unpacking_installs_nothing(server, tmp_path):
-    serve(server, "eurosat", tmp_path)
-    root = tmp_path / "data"
-    download.fetch(server.url + "EuroSAT.zip", root / "EuroSAT.zip")
-    with full_disk(500), pytest.raises(common.Error, match="nothing was installed"):
-        download.download("eurosat", root)
-    assert left(root) == ["EuroSAT.zip"]
-    download.download("eurosat", root)
-    assert left(root) == ["eurosat"]
+def test_a_disk_that_is_full_when_unpacking_installs_nothing(server, serve, tmp_path):
+    entries = [(f"imagenet-a/{key}/1.jpeg", b"picture") for key in WORDNET]
+    entries.append(("imagenet-a/README.txt", bytes(50_000)))
+    server.files["imagenet-a.tar"] = content = pack(".tar", entries)
+    (tmp_path / "imagenet-a.tar").write_bytes(content)
+    with full_disk(40_000):
+        assert "repeat to go on" in refused(download.download, "imagenet_a", tmp_path)
+    assert left(tmp_path) == ["imagenet-a.tar"]
+    download.download("imagenet_a", tmp_path)
+    assert left(tmp_path) == ["imagenet-adversarial"]
 
 
-def test_a_killed_download_is_continued(server, target):
-    url, path = target
+# ---------------------------------------------------------------------------- many processes
+
+
+def started(name, root):
+    """A process that downloads, as the command line does, and its log."""
+    root.mkdir(exist_ok=True)
+    log = root.parent / f"log{time.monotonic_ns()}"
+    process = processes.Process(target=logged, args=(log, name, root))
+    process.start()
+    return process, log
+
+
+def logged(log, name, root):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        common.script(lambda: download.main([name, "--data", str(root)]))
+
+
+@pytest.fixture
+def large(server, serve):
+    """A data set of 200 pictures and 2 MB on a slow server."""
+    entries, split = owners("dtd")
+    server.files["split_zhou_DescribableTextures.json"] = split
+    serve("dtd")
+    noise = random.Random(4)
+    entries += [(f"dtd/images/more/{i}.jpg", noise.randbytes(10_000)) for i in range(200)]
+    server.files["dtd-r1.0.1.tar.gz"] = pack(".tar.gz", entries)
     server.mood = "slow"
-    process, part = child(download.fetch, url, path), path.with_name("x.zip.part")
-    deadline = time.time() + 30
-    while not (part.exists() and part.stat().st_size) and time.time() < deadline:
-        time.sleep(0.01)
-    process.kill()
+
+
+def check_large(root):
+    assert left(root) == ["dtd"] and is_whole("dtd", root)
+    assert len(list((root / "dtd/images/more").iterdir())) == 200
+
+
+def test_a_download_killed_at_any_moment_leaves_no_half_data_set(large, tmp_path):
+    start = time.monotonic()
+    process, log = started("dtd", tmp_path / "undisturbed")
     process.join()
-    size = part.stat().st_size
-    assert 0 < size < len(CONTENT) and left(path.parent) == []
-    server.mood = "kind"
-    download.fetch(url, path)
-    assert server.asked[-1][1] == f"bytes={size}-" and path.read_bytes() == CONTENT
+    assert process.exitcode == 0, log.read_text()
+    check_large(tmp_path / "undisturbed")
+    seconds, rng, killed = time.monotonic() - start, random.Random(6), 0
+    for kill in range(int(os.environ.get("KILLS", 6))):
+        root = tmp_path / f"data{kill}"
+        process, log = started("dtd", root)
+        time.sleep(rng.uniform(0.05, 1) * seconds)
+        process.kill()
+        process.join()
+        killed += process.exitcode != 0
+        images = root / "dtd/images"
+        assert not images.exists() or len(list((images / "more").iterdir())) == 200
+        download.download("dtd", root)
+        (root / "dtd-r1.0.1.tar.gz").unlink(missing_ok=True)  # if killed after the images came
+        check_large(root)
+    assert killed > 1
 
 
-def install(name, root, url):
-    download.HOSTS = hosts(url)
-    download.SOURCES = {name: download.SOURCES[name][:1]}
-    download.download(name, root)
-
-
-def test_a_download_killed_at_any_write_leaves_no_half_data_set(server, tmp_path):
-    items, writes = serve(server, "fgvc_aircraft", tmp_path), []
-    with watched(writes.append):
-        download.download("fgvc_aircraft", tmp_path / "undisturbed")
-    moments = sorted({*range(1, len(writes), 7), *range(len(writes) - 8, len(writes) + 1)})
-    for n in moments:
-        root = tmp_path / f"data{n}"
-        home = root / "fgvc_aircraft/images"
-        assert killed_at(n, install, "fgvc_aircraft", root, server.url) == -signal.SIGKILL
-        whole = home.exists()  # then the archive, which comes first in the list, may stay
-        assert not whole or len(list(home.iterdir())) == 20
-        download.download("fgvc_aircraft", root)
-        assert left(root)[-1 if whole else 0 :] == ["fgvc_aircraft"]
-        data = common.load_dataset("fgvc_aircraft", root)
-        assert data.test == moved(items["test"], tmp_path / "owner", root)
-        assert len(list(home.iterdir())) == 20
-    print(f"\n{len(moments)} kills while downloading, {len(moments)} identical data sets")
+def test_processes_at_once_end_with_one_whole_data_set(large, tmp_path):
+    rng, root = random.Random(7), tmp_path / "data"
+    crowd = []
+    for _ in range(6):
+        crowd.append(started("dtd", root))
+        time.sleep(rng.uniform(0, 0.2))
+    crowd.pop(2)[0].kill()
+    for process, log in crowd:
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        assert "Traceback" not in log.read_text()
+    download.download("dtd", root)  # removes what the killed one left
+    assert not [name for name in left(root) if name != "dtd"]
+    check_large(root)
 
 
 # ---------------------------------------------------------------------------- hostile archives
 
-GOOD = [("2750/Forest/Forest_1.jpg", b"image"), ("2750/River/River_1.jpg", b"image")]
+GOOD = [(f"imagenet-a/{key}/1.jpeg", b"picture") for key in WORDNET]
 LINK = {"type": tarfile.SYMTYPE}
 TRAPS = {
-    "up": [("../evil", b"x"), ("2750/../../../evil", b"x")],
+    "up": [("../evil", b"x"), ("imagenet-a/../../../evil", b"x")],
     "absolute": [("{outside}/evil", b"x")],
-    "link away": [("2750/link", LINK | {"linkname": "{outside}"}), ("2750/link/evil", b"x")],
-    "link up": [("link", LINK | {"linkname": "../.."}), ("link/evil", b"x")],
-    "hard link": [("2750/a.jpg", {"type": tarfile.LNKTYPE, "linkname": "{outside}/secret"})],
-    "device": [("2750/a.jpg", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3})],
-    "fifo": [("2750/a.jpg", {"type": tarfile.FIFOTYPE})],
+    "link away": [("link", LINK | {"linkname": "{outside}"}), ("link/evil", b"x")],
+    "link within": [("imagenet-a/link", LINK | {"linkname": "n01440764"})],
+    "hard link": [("imagenet-a/a", {"type": tarfile.LNKTYPE, "linkname": "{outside}/secret"})],
+    "device": [("imagenet-a/a", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3})],
+    "fifo": [("imagenet-a/a", {"type": tarfile.FIFOTYPE})],
 }
-FORMS = [(".tar.gz", trap) for trap in TRAPS] + [(".zip", "up"), (".zip", "absolute")]
-FORMS += [("inner.tar.gz", trap) for trap in TRAPS]
+FORMS = [(".tar", trap) for trap in TRAPS] + [(".zip", "up"), (".zip", "absolute")]
+FORMS += [("inner", trap) for trap in TRAPS]
+
+
+def filled(entries, outside):
+    """The entries with the folder outside in their names and links."""
+    done = []
+    for name, content in entries:
+        if isinstance(content, dict) and "linkname" in content:
+            content = content | {"linkname": content["linkname"].format(outside=outside)}
+        done.append((name.format(outside=outside), content))
+    return done
+
+
+@pytest.fixture
+def offered(monkeypatch, tmp_path):
+    """offered(form, content) puts an archive where that of imagenet_a is looked for."""
+
+    def offered(form, content):
+        source = download.Source(f"http://127.0.0.1:9/x{form}")
+        monkeypatch.setitem(download.SOURCES, "imagenet_a", source)
+        root = tmp_path / "data"
+        root.mkdir(exist_ok=True)
+        (root / f"x{form}").write_bytes(content)
+        return root
+
+    return offered
 
 
 @pytest.mark.parametrize("form, trap", FORMS)
-def test_no_entry_of_an_archive_leaves_its_folder(form, trap, tmp_path, monkeypatch):
-    outside, root = tmp_path / "outside", tmp_path / "root" / "data"
+def test_no_entry_of_an_archive_leaves_its_folder(form, trap, offered, tmp_path):
+    outside = tmp_path / "outside"
     outside.mkdir()
-    root.mkdir(parents=True)
     (outside / "secret").write_text("secret")
-    entries = [
-        (name.format(outside=outside), content)
-        if isinstance(content, bytes)
-        else (
-            name,
-            {k: v.format(outside=outside) if k == "linkname" else v for k, v in content.items()},
-        )
-        for name, content in TRAPS[trap]
-    ]
-    content = pack(form, GOOD + entries)
-    if form == "inner.tar.gz":
-        form, content = ".zip", pack(".zip", [*GOOD, ("2750/inner.tar.gz", content)])
-    monkeypatch.setattr(download, "SOURCES", {"eurosat": [f"vgg:x{form}"]})
-    (root / f"x{form}").write_bytes(content)
-    with confined(root):
-        try:
-            download.download("eurosat", root)
-        except common.Error as problem:
-            assert f"x{form}" in str(problem) and "\n" not in str(problem)
-            assert left(root) == [f"x{form}"]
+    entries = GOOD + filled(TRAPS[trap], outside)
+    if form == "inner":
+        inner = pack(".tar.gz", entries)
+        root = offered(".zip", pack(".zip", [*GOOD, ("imagenet-a/more.tar.gz", inner)]))
+    else:
+        root = offered(form, pack(form, entries))
+    try:
+        download.download("imagenet_a", root)
+    except common.Error as problem:
+        assert str(root) in str(problem) and "\n" not in str(problem)
+        assert left(root) == []
+    else:  # tarfile takes an absolute name for a relative one
+        assert trap == "absolute" and is_whole("imagenet_a", root)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "outside"]
     assert [p.name for p in outside.iterdir()] == ["secret"]
-    assert not (outside / "secret").is_symlink() and (outside / "secret").stat().st_nlink == 1
-    for path in root.rglob("*"):
-        assert path.name != "evil" or path.resolve().is_relative_to(root)
-        assert stat.S_ISREG(path.lstat().st_mode) or stat.S_ISDIR(path.lstat().st_mode)
+    assert (outside / "secret").stat().st_nlink == 1
 
 
-def test_60_broken_archives_end_in_one_line_and_install_nothing(tmp_path, monkeypatch):
-    rng, root, refused = random.Random(1), tmp_path / "data", 0
-    root.mkdir()
-    for case in range(60):
+def test_damaged_archives_end_in_one_line_and_install_nothing(offered):
+    rng, refusals = random.Random(1), 0
+    for case in range(80):
         form = (".zip", ".tar.gz", ".tar", "inner")[case % 4]
-        inner = [("2750/more.tar.gz", pack(".tar.gz", GOOD)[: rng.randrange(1, 150)])]
+        inner = [("imagenet-a/more.tar.gz", pack(".tar.gz", GOOD)[: rng.randrange(1, 150)])]
         form, entries = (".zip", inner) if form == "inner" else (form, GOOD)
         content = bytearray(pack(form, entries))
         if rng.random() < 0.4:
             del content[rng.randrange(len(content)) :]
         for _ in range(rng.choice((1, 4, 30)) if content else 0):
             content[rng.randrange(len(content))] = rng.randrange(256)
-        monkeypatch.setattr(download, "SOURCES", {"eurosat": [f"vgg:{case}{form}"]})
-        archive = root / f"{case}{form}"
-        archive.write_bytes(content)
-        with confined(root):
-            try:
-                download.download("eurosat", root)
-            except common.Error as problem:
-                refused += 1
-                assert str(archive) in str(problem)
-                assert left(root) == [archive.name]
-                archive.unlink()
-            else:
-                assert left(root) == ["eurosat"]
-                shutil.rmtree(root / "eurosat")
-    assert refused > 30
+        root = offered(form, bytes(content))
+        try:
+            download.download("imagenet_a", root)
+        except common.Error as problem:
+            refusals += 1
+            assert f"x{form}" in str(problem) and "\n" not in str(problem)
+            for file in root.iterdir():  # one that lacks the images is kept
+                assert "holds no folder" in str(problem)
+                file.unlink()
+        else:
+            pictures = list((root / "imagenet-adversarial").rglob("*.jpeg"))
+            assert len(pictures) == 3
+            shutil.rmtree(root / "imagenet-adversarial")
+    assert refusals > 40
 
 
-def test_an_archive_without_the_images_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "SOURCES", {"eurosat": ["vgg:x.zip"]})
-    (tmp_path / "x.zip").write_bytes(pack(".zip", [("readme", b"moved")]))
-    with pytest.raises(common.Error, match="x.zip holds no folder 2750"):
-        download.download("eurosat", tmp_path)
-    assert left(tmp_path) == ["x.zip"]
+@pytest.mark.parametrize("damage", ["a header", "the last entries"])
+def test_a_tar_that_tarfile_takes_for_whole_is_refused(damage, offered):
+    content = pack(".tar", GOOD)
+    if damage == "a header":
+        content = content[:1030] + b"\xff" + content[1031:]
+    else:
+        content = content[:2048]  # two of three entries, and no end
+    with tarfile.open(fileobj=io.BytesIO(content)) as file:
+        assert 0 < len(file.getmembers()) < 3
+    root = offered(".tar", content)
+    assert "damaged" in refused(download.download, "imagenet_a", root)
+    assert left(root) == []
+
+
+def test_an_archive_without_the_images_is_named_and_kept(offered):
+    root = offered(".zip", pack(".zip", [("readme", b"moved")]))
+    assert "x.zip holds no folder imagenet-a" in refused(download.download, "imagenet_a", root)
+    assert left(root) == ["x.zip"]

@@ -6,25 +6,35 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.transforms import functional as vision
 
 import common
 import dpt
 from tests.conftest import (
     NAMES,
     gradients,
+    new_prompt,
     plain_image,
     plain_prompts,
-    rates,
-    rehearsed,
+    rehearse,
+    schedule,
     toy,
     unit,
-    untrained,
     words,
 )
 
 TINY = {"n_ctx": 4, "n_visual": 2, "top_k": 2, "cavpt_ctx": 3}
+
+
+def start(clip, **options):
+    """(Config, DualPrompt at its start) for the classes of toy()."""
+    cfg = dpt.Config(**TINY | options)
+    return cfg, new_prompt(dpt, cfg, clip, toy())
+
+
+def logits_of(cfg, clip, prompt, images):
+    """The logits of toy()'s classes, as evaluated."""
+    z = common.unit_features(clip, images)
+    return dpt.classifier(cfg, clip, prompt, toy())(images, z)
 
 
 def views(clip, count=6):
@@ -63,7 +73,7 @@ def by_hand(clip, prompt, images, T, top, official=True):
 
 def assembled(clip, **options):
     """A prompt with no norm left at its initial 1 and 0, learned text and the classes asked for."""
-    prompt, _ = untrained(dpt, clip, toy(), **TINY | options)
+    _, prompt = start(clip, **options)
     for c in prompt.cavpt:
         for norm in c.norm_a, c.norm_b:
             norm.weight.data += 0.3 * torch.randn_like(norm.weight)
@@ -98,31 +108,29 @@ def test_without_cavpt_it_is_vpt_deep_with_coop(odd):
     rows = dict(enumerate(prompt.visual))
     v, _, _ = dpt.encode(odd, prompt, views(odd), T, top)
     assert len(rows) == 3 and torch.allclose(v, unit(plain_image(odd, views(odd), rows)), atol=1e-5)
-    s = odd.logit_scale.exp()
-    prompt, predictor = untrained(dpt, odd, toy(), **{**TINY, "n_ctx": 0, "cavpt_layers": 0})
+    cfg, prompt = start(odd, n_ctx=0, cavpt_layers=0)  # VPT-deep: the hand template
     v = unit(plain_image(odd, views(odd), dict(enumerate(prompt.visual))))
-    z = common.unit_features(odd, views(odd))
-    assert torch.allclose(predictor(toy())(z, views(odd)), s * v @ hand(odd).T, atol=1e-4)
+    expected = odd.logit_scale.exp() * v @ hand(odd).T
+    assert torch.allclose(logits_of(cfg, odd, prompt, views(odd)), expected, atol=1e-4)
 
 
 def test_without_prompts_and_with_real_words_it_is_zero_shot_clip(clip):
-    prompt, predictor = untrained(dpt, clip, toy(), n_ctx=4, n_visual=0, cavpt_layers=0)
+    cfg, prompt = start(clip, n_visual=0, cavpt_layers=0)
     prompt.ctx.data = words(clip, "a photo of a")
-    z = common.unit_features(clip, views(clip))
     expected = clip.logit_scale.exp() * unit(clip.encode_image(views(clip))) @ hand(clip).T
-    assert torch.allclose(predictor(toy())(z, views(clip)), expected, atol=1e-3)
+    assert torch.allclose(logits_of(cfg, clip, prompt, views(clip)), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_losses_are_guided_at_first_and_plain_later(world, precision):
     clip = common.load_clip(f"local-dir:{world}/shapes/clip", "openai", "cpu", precision)
-    options = {**TINY, "epochs": 2, "guidance": 1, "alpha": 0.7, "beta": 0.2}
-    losses, prompt = rehearsed(dpt, clip, toy(), **options)
+    cfg, prompt = start(clip, guidance=1, alpha=0.7, beta=0.2)
+    steps, _ = rehearse(dpt, cfg, clip, toy(), prompt, epochs=[0, 1])
     model = common.load_clip(f"local-dir:{world}/shapes/clip", "openai", "cpu", "fp32")
     s, T0 = model.logit_scale.exp(), hand(model)
     T = plain_prompts(model, NAMES, prompt.ctx.expand(3, -1, -1))
-    for epoch, loss in enumerate(losses):
-        images, y = next(common.loader(dpt.Config(), model, toy())(epoch))
+    for epoch, step in enumerate(steps):
+        images, y = next(common.Loader(cfg, model, toy()).epoch(epoch))
         z = unit(model.encode_image(images))
         top = (z @ T0.T).argsort(dim=1, descending=True)[:, :2]
         v, (layer,), _ = by_hand(model, prompt, images, T, top)
@@ -134,7 +142,7 @@ def test_losses_are_guided_at_first_and_plain_later(world, precision):
             expected = expected + F.cross_entropy(s * v @ T0.T, y)
         expected = expected + 0.7 * sum(rows) / len(rows)
         near = 1e-4 if precision == "fp32" else 0.1
-        assert loss.item() == pytest.approx(expected.item(), rel=near)
+        assert step.loss.item() == pytest.approx(expected.item(), rel=near)
 
 
 def test_gradients_reach_the_context_through_the_query_alone(odd):
@@ -154,9 +162,11 @@ def test_gradients_reach_the_context_through_the_query_alone(odd):
 
 
 def test_training_reaches_every_learnable_and_no_weight_of_clip(clip):
-    losses, prompt = rehearsed(dpt, clip, toy(), **TINY, epochs=1)
-    assert all(g.abs().max() > 0 for g in gradients(losses[0], list(prompt.parameters())))
-    assert not any(p.requires_grad for p in clip.parameters())
+    cfg, prompt = start(clip)
+    (step,), _ = rehearse(dpt, cfg, clip, toy(), prompt)
+    assert step.gradients.keys() == dict(prompt.named_parameters()).keys()
+    assert all(g.abs().max() > 0 for g in step.gradients.values())
+    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
     assert {p.dtype for p in prompt.parameters()} == {torch.float32}
 
 
@@ -183,25 +193,40 @@ def test_a_batch_without_a_true_class_among_the_top_gives_a_zero_not_nan(odd):
     assert dpt.cavpt_loss([], top, torch.tensor([1, 2] * 3)) == 0
 
 
+def test_a_step_without_a_true_class_trains_all_but_what_the_class_aware_loss_alone_reaches(odd):
+    cfg, prompt = start(odd, top_k=1)
+    images = views(odd)
+    top = (common.unit_features(odd, images) @ hand(odd).T).argmax(1)
+    never = [(images, (top + 1) % 3)]
+    (step,), _ = rehearse(dpt, cfg, odd, toy(), prompt, never, epochs=[cfg.guidance])
+    T = plain_prompts(odd, NAMES, prompt.ctx.expand(3, -1, -1))
+    v, _, _ = by_hand(odd, prompt, images, T, top[:, None])
+    logits = odd.logit_scale.exp() * v @ unit(T).T
+    assert step.loss.item() == pytest.approx(F.cross_entropy(logits, never[0][1]).item(), rel=1e-4)
+    alone = {"cavpt.0.norm_a.weight", "cavpt.0.norm_a.bias", "cavpt.0.classify.weight"}
+    assert {name for name, g in step.gradients.items() if not g.any()} == alone
+
+
 def test_steps_without_a_true_class_among_the_top_are_counted(odd, capsys):
-    options = {**TINY, "top_k": 1, "batch_size": 1, "epochs": 2}
-    batches = common.loader(dpt.Config(batch_size=1), odd, toy())
-    hits = [
-        (common.unit_features(odd, x) @ hand(odd).T).argmax(1) == y
-        for epoch in range(2)
-        for x, y in batches(epoch)
-    ]
-    assert 0 < (count := len(hits) - sum(hits).item()) < len(hits)
-    rehearsed(dpt, odd, toy(), **options)
-    assert f"{count} steps had no true class" in capsys.readouterr().out
-    rehearsed(dpt, odd, toy(), **options | {"cavpt_layers": 0})
+    cfg, prompt = start(odd, top_k=1, batch_size=1)
+    images, hits = common.Loader(cfg, odd, toy()), []
+    for epoch in 0, 1:
+        for x, y in images.epoch(epoch):
+            hits.append(((common.unit_features(odd, x) @ hand(odd).T).argmax(1) == y).item())
+    missed = hits.count(False)
+    assert 0 < missed < len(hits) == 12
+    rehearse(dpt, cfg, odd, toy(), prompt, epochs=[0, 1])
+    assert f"{missed} steps had no true class" in capsys.readouterr().out
+    cfg, prompt = start(odd, top_k=1, batch_size=1, cavpt_layers=0)
+    rehearse(dpt, cfg, odd, toy(), prompt, epochs=[0, 1])
     assert "no true class" not in capsys.readouterr().out
 
 
 def test_parameter_counts_are_those_of_vit_b_32():
     with torch.device("meta"):
-        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
-        prompt = dpt.DualPrompt(dpt.Config(), clip, classes=100)
+        model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
+        model.blocks = lambda: model.visual.transformer.resblocks  # as of common.Clip
+        prompt = dpt.DualPrompt(dpt.Config(), model, classes=100)
     count = {name: p.numel() for name, p in prompt.named_parameters()}
     assert count.pop("ctx") == 8192 and count.pop("visual") == 84480
     cavpt = {name.split(".", 2)[2]: n for name, n in count.items()}
@@ -213,26 +238,44 @@ def test_parameter_counts_are_those_of_vit_b_32():
     assert sum(cavpt.values()) == 393984 + 49152 + 589824 + 7680 + 3072 + 76800
 
 
-def test_three_groups_have_rates_and_warm_ups_of_their_own(odd):
-    found = rates(dpt, odd, toy(), shots=1)
-    assert len(found) == 60 and len(rates(dpt, odd, toy(), shots=2)) == 100
+def test_both_branches_have_rates_and_warm_ups_of_their_own(odd):
+    found = schedule(dpt, odd, toy(), shots=1)
+    assert len(found) == 60 and len(schedule(dpt, odd, toy(), shots=2)) == 100
     expected = {0: [1e-5, 1e-5], 1: [0.002, 1e-5], 9: [0.00191395, 1e-5], 10: [0.00189101, 0.01]}
     for e, (text, visual) in expected.items():
-        assert found[e] == pytest.approx([text, visual, visual], rel=1e-3)
-    assert found[59] == pytest.approx([5.4807e-6, 8.06647e-4, 8.06647e-4], rel=1e-3)
-    source = rates(dpt, odd, toy()._replace(name="imagenet"))
-    assert len(source) == 20 and source[1] == [0.002, 0.01, 0.01]
+        assert found[e] == pytest.approx([text, visual], rel=1e-3)
+    assert found[59] == pytest.approx([5.4807e-6, 8.06647e-4], rel=1e-3)
+
+
+def test_visual_prompts_and_cavpt_are_the_visual_branch(odd):
+    for rate in 1e-2, 0.0:  # without a rate nothing but the text context moves
+        cfg, prompt = start(odd, visual_lr=rate, visual_warmup=0)
+        before = {name: tensor.clone() for name, tensor in prompt.named_parameters()}
+        rehearse(dpt, cfg, odd, toy(), prompt, moving=True)
+        moved = {name for name, p in prompt.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == (set(before) if rate else {"ctx"})
+
+
+def test_imagenet_has_a_schedule_of_its_own_and_flags_win_over_it(odd):
+    source = toy()._replace(name="imagenet")
+    found = schedule(dpt, odd, source)
+    assert len(found) == 20 and found[1] == [0.002, 0.01]
+    found = schedule(dpt, odd, source, visual_warmup=10, epochs=12)
+    assert len(found) == 12 and found[9][1] == 1e-5 and found[10][1] == 0.01
+    for data in toy(), source:
+        assert schedule(dpt, odd, data, visual_warmup=0)[0] == [1e-5, 0.01]
 
 
 def test_with_fewer_classes_than_prompts_every_true_class_has_one(clip):
-    losses, prompt = rehearsed(dpt, clip, toy(), **{**TINY, "top_k": 10}, epochs=1)
-    images, y = next(common.loader(dpt.Config(), clip, toy())(0))
+    cfg, prompt = start(clip, top_k=10, guidance=0)
+    (step,), _ = rehearse(dpt, cfg, clip, toy(), prompt)
+    images, y = next(common.Loader(cfg, clip, toy()).epoch(0))
     top = torch.arange(3).expand(6, -1)
     T = plain_prompts(clip, NAMES, prompt.ctx.expand(3, -1, -1))
-    layer = dpt.encode(clip, prompt, images, T, top)[1][0]
-    own = layer[torch.arange(6), y]
-    assert dpt.cavpt_loss([layer], top, y).item() == pytest.approx(F.cross_entropy(own, y).item())
-    assert losses[0].isfinite()
+    v, (layer,), _ = by_hand(clip, prompt, images, T, top)
+    own = F.cross_entropy(layer[torch.arange(6), y], y)
+    expected = F.cross_entropy(clip.logit_scale.exp() * v @ unit(T).T, y) + 0.3 * own
+    assert step.loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -248,27 +291,17 @@ def test_limit_cases_train(fit, options):
 )
 def test_a_cavpt_that_cannot_be_is_refused(odd, options):
     with pytest.raises(common.Error, match="--cavpt_layers"):
-        untrained(dpt, odd, toy(), **options)
+        start(odd, **options)
 
 
 def test_a_prompt_moves_to_a_label_set_of_fewer_classes_than_prompts(fit):
     fit(dpt, transfer="textures")
-    assert fit.rows()[-1]["evaluated_on"] == "textures" and fit.rows()[-1]["n_test"] == 8
+    assert {row["evaluated_on"]: row["n_test"] for row in fit.rows()} == {
+        "textures": 8,
+        "shapes": 80,
+    }
 
 
 def test_a_resnet_is_refused(resnet):
-    with pytest.raises(common.Error, match="ViT-B-32"):
-        untrained(dpt, resnet, toy())
-
-
-def test_attention_is_drawn_where_it_looks(clip, tmp_path):
-    images, names = torch.zeros(1, 3, 32, 32), ["a", "b"]
-    A = torch.full((1, 2, 1 + 16 + 10), 0.01)
-    A[0, :, 1 + 4 * 2 + 3] = 1  # third row, last column of the 4 x 4 patches
-    cfg = dpt.Config(attention=str(tmp_path / "map.png"))
-    top, logits = torch.tensor([[1, 0]]), torch.tensor([[2.0, 1]])
-    dpt.draw_attention(cfg, clip, images, [A], top, logits, names)
-    sheet = Image.open(cfg.attention)
-    assert sheet.size == (4 * 224, 240)
-    pixels = vision.pil_to_tensor(sheet.crop((224, 16, 448, 240)).resize((4, 4))).int()
-    assert (pixels[0] - pixels[2]).argmax() == 4 * 2 + 3  # the reddest
+    with pytest.raises(common.Error, match="ViT-B-16"):
+        start(resnet)

@@ -23,9 +23,7 @@ import coop
 import dpt
 import softcpt
 import upt
-
-# A rehearsal takes no step of the optimizer, which PyTorch's schedules warn of.
-pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+from tests.conftest import new_prompt, rehearse
 
 FOLDER = Path(__file__).with_name("reference")
 TOLERANCE = {"values": 1e-5, "gradients": 1e-3, "rates": 1e-9}
@@ -74,8 +72,10 @@ UPT_NAMES = {
 # Adapters: all that depends on the project's interface, apart from names of options.
 
 Call = namedtuple("Call", "arguments result")
-Step = namedtuple("Step", "loss times before")
-Rehearsal = namedtuple("Rehearsal", "prompt predictor steps rates")
+
+# What method.train did with a prompt: steps and rates of the rehearsal. The prompt has the values
+# that it started from, unless the run was a moving one.
+Run = namedtuple("Run", "method cfg prompt steps rates")
 
 
 def load_clip(folder):
@@ -83,12 +83,20 @@ def load_clip(folder):
 
 
 def logit_scale(clip):
-    return clip.logit_scale.exp()
+    return clip.scale
 
 
 def dataset(classnames, name="reference"):
-    """A data set without pictures, because rehearse brings the batches."""
+    """A data set without pictures, because the batches are brought."""
     return common.Dataset(name, [], [], [], classnames, "a photo of a {}.")
+
+
+def joined(parts, titles):
+    """SoftCPT's Tasks of lists of class names."""
+    sets = [dataset(names, title) for names, title in zip(parts, titles, strict=True)]
+    sizes = torch.tensor([len(names) for names in parts])
+    first = (sizes.cumsum(0) - sizes).tolist()
+    return softcpt.Tasks(sets, titles, first, torch.arange(len(parts)).repeat_interleave(sizes))
 
 
 def embedded(clip, classnames, n_ctx):
@@ -109,49 +117,41 @@ def hand_classifier(clip, classnames):
     return common.zero_shot_weights(clip, dataset(classnames))[:, 0]
 
 
-def rehearse(method, clip, data, batches, start=None, met=(0,), update=False, **options):
-    """What method.train computes if it meets the same batches in each of the epochs numbered met.
+def run(method, clip, data, batches, start=None, met=(0,), moving=False, **options):
+    """The Run of method.train that meets the same batches in each of the epochs met.
 
     batches: pairs of images and labels. start: values by the names of our learnables; None keeps
-    the initial ones. Without update no step is taken, and the gradients stay. In the result, rates
-    are those of each epoch (rows) and group of parameters (columns).
+    the initial ones.
     """
-    steps, rates = [], []
-    project_step = common.step
+    cfg = method.Config(**options)
+    prompt = new_prompt(method, cfg, clip, data)
+    if start is not None:
+        own = prompt.state_dict()
+        prompt.load_state_dict({name: start[name].reshape(own[name].shape) for name in start})
+    steps, rates = rehearse(method, cfg, clip, data, prompt, batches, met, moving)
+    return Run(method, cfg, prompt, steps, torch.tensor(rates, dtype=torch.float64))
 
-    def loader(cfg, clip, data, frozen=False, repeat=0):
-        inputs = [common.unit_features(clip, x) if frozen else x for x, _ in batches]
-        labels = [y for _, y in batches]
-        return lambda epoch: zip(inputs, labels, strict=True)
 
-    def training(cfg, clip, data, prompt, optimizer, scheduler, count):
-        if start is not None:
-            own = prompt.state_dict()
-            values = {name: value.reshape(own[name].shape) for name, value in start.items()}
-            prompt.load_state_dict(values)
-        for epoch in met:
-            rates.append([group["lr"] for group in optimizer.param_groups])
-            yield epoch
-
-    def step(loss, optimizer, times=1):
-        first = optimizer.param_groups[0]["params"][0]
-        steps.append(Step(loss.detach(), times, first.detach().clone()))
-        if update:
-            project_step(loss, optimizer, times)
-        else:
-            loss.backward()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "loader", loader)
-        patch.setattr(common, "training", training)
-        patch.setattr(common, "step", step)
-        prompt, predictor = method.train(method.Config(**options), clip, data)
-    return Rehearsal(prompt, predictor, steps, torch.tensor(rates, dtype=torch.float64))
+@torch.no_grad()
+def logits_of(found, clip, data, images):
+    """The logits of a Run's prompt, as evaluated."""
+    predict = found.method.classifier(found.cfg, clip, found.prompt, data)
+    f = common.unit_features(clip, images)
+    return predict(images, f) if callable(predict) else logit_scale(clip) * f @ predict.T
 
 
 def softcpt_options(variant):
     """The options of a variant, as released. Its name says its class part, then its task part."""
-    return {"variant": variant, "n_ctx": 4, "task_n_ctx": 4, "class_n_ctx": 4, "official": True}
+    contexts = {"A": "shared", "S": "specific"}
+    class_context = "none" if variant[0] == "N" else contexts[variant[1]]
+    return {
+        "class_context": class_context,
+        "task_context": contexts[variant[3]],
+        "n_ctx": 4,
+        "task_n_ctx": 4,
+        "class_n_ctx": 4,
+        "official": True,
+    }
 
 
 def context_of(call):
@@ -235,9 +235,9 @@ def parameters(figures, prefix, names):
     return {ours: figures.given(prefix + theirs) for ours, theirs in names.items()}
 
 
-def compare_gradients(figures, prefix, prompt, names):
+def compare_gradients(figures, prefix, step, names):
     for ours, theirs in names.items():
-        figures.compare(prefix + theirs, prompt.get_parameter(ours).grad, "gradients")
+        figures.compare(prefix + theirs, step.gradients[ours], "gradients")
 
 
 def placeholder_ids(clip, classnames, words):
@@ -245,24 +245,27 @@ def placeholder_ids(clip, classnames, words):
     return clip.tokenize([f"{words} {name.replace('_', ' ')}." for name in classnames])
 
 
-def tower_inputs(clip, compute):
-    """What compute() gives each block of the image tower, and what it gives ln_post."""
+def tower_inputs(clip, found, data, images):
+    """What a Run's prompt gives each block of the image tower, and what it gives ln_post."""
     visual, inputs = clip.visual, []
     layers = [block.ln_1 for block in visual.transformer.resblocks] + [visual.ln_post]
     hooks = [
         layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0]))
         for layer in layers
     ]
+    predict = found.method.classifier(found.cfg, clip, found.prompt, data)
+    f = common.unit_features(clip, images)
+    inputs.clear()  # The frozen tower's
     with torch.no_grad():
-        compute()
+        predict(images, f)
     for hook in hooks:
         hook.remove()
     return inputs[:-1], inputs[-1]
 
 
-def compare_tower(figures, prefix, clip, compute):
+def compare_tower(figures, prefix, clip, found, data, images):
     """The sequence length of each block, and the class token after it."""
-    inputs, last = tower_inputs(clip, compute)
+    inputs, last = tower_inputs(clip, found, data, images)
     figures.compare_integers(prefix + "seq_len_per_layer", [x.shape[1] for x in inputs])
     outputs = [*inputs[1:], last]  # The blocks change the class token, prompts leave it alone.
     figures.compare(prefix + "cls_after_layer", torch.stack([x[:, 0] for x in outputs]))
@@ -329,19 +332,19 @@ COOP_CASES = {
 
 def test_coop(clip, classnames, batch):
     figures = Figures("CoOp", "coop.npz")
-    data, unit_images = dataset(classnames), common.unit_features(clip, batch[0])
+    data = dataset(classnames)
     for case, options in COOP_CASES.items():
         words = options.get("init") or " ".join("X" * options["n_ctx"])
         start = None if "init" in options else {"ctx": figures.given(case + "ctx")}
         with recorded(common, "encode_prompts") as encoded:
-            run = rehearse(coop, clip, data, [batch], start, **options)
+            found = run(coop, clip, data, [batch], start, **options)
         if start is None:
-            figures.compare(case + "ctx", run.prompt.ctx)
+            figures.compare(case + "ctx", found.prompt.ctx)
         figures.compare_integers(case + "tokens", placeholder_ids(clip, classnames, words))
         figures.compare(case + "text_features", encoded[-1].result)
-        figures.compare(case + "logits", run.predictor(data)(unit_images, batch[0]))
-        figures.compare(case + "loss", run.steps[0].loss)
-        figures.compare(case + "grad_ctx", run.prompt.ctx.grad, "gradients")
+        figures.compare(case + "logits", logits_of(found, clip, data, batch[0]))
+        figures.compare(case + "loss", found.steps[0].loss)
+        figures.compare(case + "grad_ctx", found.steps[0].gradients["ctx"], "gradients")
     case = "rand_n4_end_uni/"
     embeddings = prompt_embeddings(clip, classnames, figures.given(case + "ctx"), 20)
     figures.compare(case + "prompt_embeddings_first20", embeddings)
@@ -359,18 +362,18 @@ def prompt_embeddings(clip, classnames, ctx, length):
 
 def test_schedule(clip, classnames, batch):
     figures, data = Figures("schedule", "sched.npz"), dataset(classnames)
-    text = rehearse(coop, clip, data, [], met=range(200), shots=16).rates[:, 0]
-    visual = rehearse(dpt, clip, data, [], met=range(100), shots=16).rates[:, 1]
+    text = run(coop, clip, data, [], met=range(200), shots=16).rates[:, 0]
+    visual = run(dpt, clip, data, [], met=range(100), shots=16).rates[:, 1]
     figures.compare("sched_lr0.002_ep200_warm1/lr", text, "rates")
     figures.compare("sched_lr0.01_ep100_warm10/lr", visual, "rates")
     images, labels = batch
     batches = [(images[pick], labels[pick]) for pick in figures.given("traj_lr0.5/batches")]
     start = {"ctx": figures.given("traj_lr0.5/ctx")[0]}
     options = {"n_ctx": 4, "lr": 0.5, "epochs": 4}
-    run = rehearse(coop, clip, data, batches, start, met=range(4), update=True, **options)
-    contexts = [*(step.before for step in run.steps), run.prompt.ctx]
-    losses = [step.loss for step in run.steps]
-    figures.compare("traj_lr0.5/lr", run.rates[:, 0].repeat_interleave(len(batches)), "rates")
+    found = run(coop, clip, data, batches, start, met=range(4), moving=True, **options)
+    contexts = [*(step.before["ctx"] for step in found.steps), found.prompt.ctx]
+    losses = [step.loss for step in found.steps]
+    figures.compare("traj_lr0.5/lr", found.rates[:, 0].repeat_interleave(len(batches)), "rates")
     figures.compare("traj_lr0.5/loss", torch.stack(losses))
     figures.compare("traj_lr0.5/ctx", torch.stack(contexts))
     figures.finish()
@@ -392,21 +395,21 @@ def compare_cavpt(figures, clip, classnames, batch):
     data, (images, labels), case = dataset(classnames), batch, "dpt_bl4_cpn3/"
     start = parameters(figures, "dpt_bl4/param/", DPT_NAMES)
 
-    def run(epoch, labels=labels, **options):
-        batches, options = [(images, labels)], DPT_OPTIONS | options
-        return rehearse(dpt, clip, data, batches, start, met=[epoch], **options)
+    def run_in(epoch, labels=labels, **options):
+        options = DPT_OPTIONS | options
+        return run(dpt, clip, data, [(images, labels)], start, met=[epoch], **options)
 
     for phase, epoch in ("phase1", GUIDED), ("phase2", LATER):
-        figures.compare(f"{case}loss_{phase}_alpha0", run(epoch, alpha=0.0).steps[0].loss)
-        full = run(epoch)
-        figures.compare(f"{case}loss_{phase}", full.steps[0].loss)
-        compare_gradients(figures, f"{case}grad_{phase}/", full.prompt, DPT_NAMES)
+        figures.compare(f"{case}loss_{phase}_alpha0", run_in(epoch, alpha=0.0).steps[0].loss)
+        full = run_in(epoch).steps[0]
+        figures.compare(f"{case}loss_{phase}", full.loss)
+        compare_gradients(figures, f"{case}grad_{phase}/", full, DPT_NAMES)
     never = figures.given(case + "labels_never_selected")
-    figures.compare(case + "loss_phase2_never_selected", run(LATER, never).steps[0].loss)
+    figures.compare(case + "loss_phase2_never_selected", run_in(LATER, never).steps[0].loss)
 
     with recorded(dpt, "cavpt_loss") as losses, recorded(common, "encode_prompts") as encoded:
         with recorded(dpt.ClassAware, "forward") as aware:
-            full = run(LATER)
+            full = run_in(LATER)
     layer_logits, top, _ = losses[0].arguments
     class_prompts, _, attention = aware[0].result
     figures.compare_integers(case + "indices", top)
@@ -417,18 +420,15 @@ def compare_cavpt(figures, clip, classnames, batch):
     figures.compare(case + "attn_map.0", attention)
     figures.compare(case + "zs_text_features", hand_classifier(clip, classnames))
     figures.compare(case + "zs_image_features", common.unit_features(clip, images))
-    compare_dpt_logits(figures, case, clip, data, images, full.predictor, encoded[-1].result)
-
-    logits = full.predictor(data)
-    frozen = common.unit_features(clip, images)
-    compare_tower(figures, case, clip, lambda: logits(frozen, images))
+    compare_dpt_logits(figures, case, clip, data, images, full, encoded[-1].result)
+    compare_tower(figures, case, clip, full, data, images)
 
 
-def compare_dpt_logits(figures, case, clip, data, images, predictor, text):
+def compare_dpt_logits(figures, case, clip, data, images, found, text):
     """The logits of the prompted towers, and of each of them against the other frozen one."""
     frozen, scale = common.unit_features(clip, images), logit_scale(clip)
     with recorded(common, "encode_image") as encoded:
-        figures.compare(case + "logits", predictor(data)(frozen, images))
+        figures.compare(case + "logits", logits_of(found, clip, data, images))
     prompted = unit(encoded[-1].result)
     hand = hand_classifier(clip, data.classnames)
     figures.compare(case + "logits1", scale * frozen @ unit(text).T)
@@ -442,51 +442,51 @@ def compare_vlp(figures, clip, classnames, batch):
     start = parameters(figures, "vlp/param/", VLP_NAMES)
     for phase, epoch in ("phase1", GUIDED), ("phase2", LATER):
         with recorded(common, "encode_prompts") as encoded:
-            run = rehearse(dpt, clip, data, [batch], start, met=[epoch], **options)
-        figures.compare(f"vlp/loss_{phase}", run.steps[0].loss)
-        compare_gradients(figures, f"vlp/grad_{phase}/", run.prompt, VLP_NAMES)
+            found = run(dpt, clip, data, [batch], start, met=[epoch], **options)
+        figures.compare(f"vlp/loss_{phase}", found.steps[0].loss)
+        compare_gradients(figures, f"vlp/grad_{phase}/", found.steps[0], VLP_NAMES)
     text = encoded[-1].result
-    image = compare_dpt_logits(figures, "vlp/", clip, data, batch[0], run.predictor, text)
+    image = compare_dpt_logits(figures, "vlp/", clip, data, batch[0], found, text)
     figures.compare("vlp/image_features", image)
 
 
 def test_upt(clip, classnames, batch):
     figures, data = Figures("UPT", "upt.npz"), dataset(classnames)
     start = parameters(figures, "upt/param/", UPT_NAMES)
-    frozen = common.unit_features(clip, batch[0])
     M, patches = 4, 16
 
-    def run(**options):
-        with recorded(common, "encode_prompts") as text, recorded(common, "encode_image") as image:
-            with recorded(upt.UnifiedPrompt, "forward") as prompts:
-                found = rehearse(upt, clip, data, [batch], start, n_ctx=M, dropout=0.0, **options)
-        return found, prompts[0].result, text[-1].result, image[-1].result
+    def run_as(official):
+        with recorded(upt.UnifiedPrompt, "forward") as prompts:
+            options = {"n_ctx": M, "dropout": 0.0, "official": official}
+            found = run(upt, clip, data, [batch], start, **options)
+        return found, prompts[0].result
 
     def compare_run(case, found, prompts):
         figures.compare(case + "text_prompt", prompts[0])
         figures.compare(case + "visual_prompt", prompts[1])
-        figures.compare(case + "logits", found.predictor(data)(frozen, batch[0]))
+        figures.compare(case + "logits", logits_of(found, clip, data, batch[0]))
         figures.compare(case + "loss", found.steps[0].loss)
 
-    released, prompts, text, image = run(official=True)
+    with recorded(common, "encode_prompts") as text, recorded(common, "encode_image") as image:
+        released, prompts = run_as(official=True)
     compare_run("upt/", released, prompts)
     tokens = placeholder_ids(clip, classnames, "a photo of a")
     figures.compare_integers("upt/tokens", tokens)
-    figures.compare("upt/text_features", text)
-    figures.compare("upt/image_features", image)
-    compare_gradients(figures, "upt/grad/", released.prompt, UPT_NAMES)
-    logits = released.predictor(data)
-    inputs = compare_tower(figures, "upt/", clip, lambda: logits(frozen, batch[0]))
+    figures.compare("upt/text_features", text[-1].result)
+    figures.compare("upt/image_features", image[-1].result)
+    compare_gradients(figures, "upt/grad/", released.steps[0], UPT_NAMES)
+    inputs = compare_tower(figures, "upt/", clip, released, data, batch[0])
     # The release has its prompts before the patches, we have them after.
     first, rows, last = inputs[0][0].split([1, patches, M])
     figures.compare("upt/layer1_input_image0", torch.cat([first, last, rows]))
 
-    mixing, prompts, _, _ = run(official=False)
+    mixing, prompts = run_as(official=False)
     case = "upt_paperattn_NOT_OFFICIAL/"
     compare_run(case, mixing, prompts)
-    attention = mixing.prompt.attention.in_proj_weight
-    figures.compare(case + "grad_uni_ctx", mixing.prompt.prompts.grad, "gradients")
-    figures.compare(case + "grad_in_proj_weight", attention.grad, "gradients")
+    gradients = mixing.steps[0].gradients
+    attention = gradients["attention.in_proj_weight"]
+    figures.compare(case + "grad_uni_ctx", gradients["prompts"], "gradients")
+    figures.compare(case + "grad_in_proj_weight", attention, "gradients")
     figures.finish()
 
 
@@ -512,33 +512,31 @@ SOFTCPT_CASES = {
 def test_softcpt(clip, classnames, batch):
     figures = Figures("SoftCPT", "softcpt.npz")
     with np.load(FOLDER / "inputs.npz") as stored:
-        titles = ",".join(stored["tasknames"])
+        titles = stored["tasknames"].tolist()
         names = [classnames[i] for i in stored["task_class_index"]]
         parts = np.split(np.array(names), stored["task_sizes"].cumsum()[:-1])
-    tasks = [dataset(part.tolist(), f"task {i}") for i, part in enumerate(parts)]
+    tasks = joined([part.tolist() for part in parts], titles)
     images, labels = batch[0], figures.given("label_column")
     others = figures.given("label_task") != 1
 
     for variant, learnables in SOFTCPT_CASES.items():
-        options = softcpt_options(variant) | {"tasks": titles}
+        options = softcpt_options(variant)
         start = parameters(figures, "param/", learnables)
         start["meta.weight"] = start["meta.weight"].T  # The release multiplies from the right.
 
-        def run(images, labels, start=start, options=options):
-            return rehearse(softcpt, clip, tasks, [(images, labels)], start, **options)
-
         with recorded(common, "encode_prompts") as encoded, recorded(softcpt, "task_loss") as loss:
-            whole = run(images, labels)
-        case = variant + "/"
+            whole = run(softcpt, clip, tasks, [(images, labels)], start, **options)
+        case, step = variant + "/", whole.steps[0]
         compare_contexts(figures, case, encoded, parts)
         figures.compare(case + "logits", loss[0].arguments[0])
-        figures.compare(case + "loss", whole.steps[0].loss)
-        figures.compare_integers(case + "optimizer_steps_per_iteration", whole.steps[0].times)
-        compare_softcpt_gradients(figures, case, whole.prompt)
-        rest = run(images[others], labels[others])
+        figures.compare(case + "loss", step.loss)
+        figures.compare_integers(case + "optimizer_steps_per_iteration", step.times)
+        compare_softcpt_gradients(figures, case, step.gradients)
+        rest = [(images[others], labels[others])]
+        rest = run(softcpt, clip, tasks, rest, start, **options)
         figures.compare(case + "loss_without_task1", rest.steps[0].loss)
         if f"lr_{variant}/lr" in figures.arrays:
-            rates = rehearse(softcpt, clip, tasks, [], start, met=range(50), **options).rates
+            rates = run(softcpt, clip, tasks, [], start, met=range(50), **options).rates
             figures.compare(f"lr_{variant}/lr", rates[:, 0], "rates")
     figures.finish()
 
@@ -556,13 +554,15 @@ def compare_contexts(figures, case, encoded, parts):
     figures.compare(case + "text_features", last.result)
 
 
-def compare_softcpt_gradients(figures, case, prompt):
-    figures.compare(case + "grad/task_prompt_learner.ctx", prompt.task_ctx.grad, "gradients")
-    if hasattr(prompt, "class_ctx"):
-        figures.compare(case + "grad/class_prompt_learner.ctx", prompt.class_ctx.grad, "gradients")
-    weight = prompt.meta.weight.grad.T
-    every = "[::8]" if hasattr(prompt, "class_ctx") else ""
-    rows = weight[::8] if every else weight
+def compare_softcpt_gradients(figures, case, gradients):
+    context = gradients["task_ctx"]
+    figures.compare(case + "grad/task_prompt_learner.ctx", context, "gradients")
+    weight = gradients["meta.weight"].T
+    every, rows = "", weight
+    if "class_ctx" in gradients:
+        context = gradients["class_ctx"]
+        figures.compare(case + "grad/class_prompt_learner.ctx", context, "gradients")
+        every, rows = "[::8]", weight[::8]
     figures.compare(f"{case}grad/prompt_gen.proj{every}", rows, "gradients")
     norm = weight.norm()
     figures.compare(case + "gradnorm/prompt_gen.proj", norm, "gradients")

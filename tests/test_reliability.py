@@ -3,499 +3,552 @@
 KILLS=50 python -m pytest -s tests/test_reliability.py -k any_moment     # more kills, and figures
 """
 
-import collections
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
 import coop
-from tests import report
-from tests.conftest import interrupted, toy
-from tests.miniatures import (
-    child,
-    killed_at,
-    picture,
-    records,
-    refusal,
-    run_coop,
-    tiny_clip,
-    watched,
-)
+import dpt
+import enprompt
+import softcpt
+import upt
+from tests.tools import shapes
 
-KILLS = int(os.environ.get("KILLS", 4))
-VOLATILE = ("train_seconds", "eval_seconds", "time", "peak_gpu_mb", "commit")
+KILLS = int(os.environ.get("KILLS", 2))  # of each method
+METHODS = {"coop": coop, "dpt": dpt, "upt": upt, "enprompt": enprompt, "softcpt": softcpt}
+MEASURED = ("evaluated_on", "classes", "accuracy", "zero_shot", "mean_class_accuracy", "n_test")
+
+# Children of a server that has imported torch and nothing else: quick to start, free of threads
+KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+processes = multiprocessing.get_context(KIND)
+processes.set_forkserver_preload(["tests.test_reliability"])
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A --data folder with few pictures per class."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "COUNTS", {"train": 4, "val": 1, "test": 4})
+        for name in "textures", "colours", "clip":
+            shapes.write(folder, name)
+    return folder
 
 
 @pytest.fixture
 def flags(world):
-    """Flags of a short run on the shapes world, with --out OUT to be added."""
-    return ["--data", world, "--shots", 1, "--epochs", 6, "--batch_size", 8]
+    """Flags of a short run, with --out OUT to be added."""
+    return ["--data", world, "--dataset", "textures", "--shots", 1, "--epochs", 2]
 
 
-def prompts(out):
-    return {p.parent.name: load_file(p) for p in sorted(Path(out).rglob("prompt.safetensors"))}
+Child = namedtuple("Child", "process log")
+Ended = namedtuple("Ended", "code text")
+
+
+def start(name, *options, disturb=None, log=None):
+    """Starts a method's command in a process of its own, disturbed by disturb = (function, ...)."""
+    options = [str(option) for option in options]
+    log = log or Path(options[options.index("--out") + 1] + f".log{time.monotonic_ns()}")
+    process = processes.Process(target=command, args=(name, options, disturb, str(log)))
+    process.start()
+    return Child(process, log)
+
+
+def command(name, options, disturb, log):
+    """What the command line does, in this process, with its output in the file log."""
+    torch.set_num_threads(1)  # with more, this small work would wait for a busy machine's cores
+    method = METHODS[name]
+    sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8")
+    if disturb:
+        function, *arguments = disturb
+        function(*arguments)
+    least = ["--device", "cpu", "--workers", "2"]
+    common.script(lambda: method.main(common.cli(method.Config, [*least, *options])))
+
+
+def end(child):
+    child.process.join()
+    return Ended(child.process.exitcode, child.log.read_text("utf-8").replace("\r", "\n"))
+
+
+def run(name, *options, disturb=None):
+    """A command that must succeed: the text that it printed."""
+    code, text = end(start(name, *options, disturb=disturb))
+    assert code == 0 and "error: " not in text, text
+    return text
+
+
+def refusal(name, *options, disturb=None):
+    """The one line with which a command ends that must not succeed."""
+    code, text = end(start(name, *options, disturb=disturb))
+    return one_line(code, text)
+
+
+def one_line(code, text):
+    lines = text.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert (code, len(errors), lines[-1:]) == (2, 1, errors), f"{code}: {text}"
+    return errors[0]
 
 
 def result(out):
-    """All that the runs below out have come to, but for times and the name of out."""
-    rows = [{k: v for k, v in row.items() if k not in VOLATILE} for row in records(out)]
-    tensors = {
-        (run, name): tensor.tolist()
-        for run, state in prompts(out).items()
-        for name, tensor in state.items()
-    }
-    return json.loads(json.dumps(rows).replace(str(out), "OUT")), tensors
+    """What the runs below out have come to: their rows, but for times, and their tensors."""
+    rows, tensors = [], {}
+    for path in sorted(out.rglob("results.json")):
+        for row in json.loads(path.read_text("utf-8")):
+            rows.append([row["method"], row["seed"], *(row[key] for key in MEASURED)])
+    for path in sorted(out.rglob("prompt.safetensors")):
+        for name, tensor in load_file(path).items():
+            tensors[f"{path.relative_to(out)} {name}"] = tensor.tolist()
+    return rows, tensors
+
+
+# ---------------------------------------------------------------------------- disturbances
+
+
+def on_write(moment, act):
+    """Calls act before the moment-th change of this process to a file of a run."""
+    count = 0
+
+    def watch(event, arguments):
+        nonlocal count
+        if event == "open":
+            path, mode, _ = arguments
+            changes = isinstance(mode, str) and "r" not in mode
+        else:
+            path, changes = arguments[0], event in ("os.rename", "os.remove", "os.mkdir")
+        if changes and isinstance(path, str | os.PathLike) and "shots" in os.fspath(path):
+            count += 1
+            if count == moment:
+                act()
+
+    sys.addaudithook(watch)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def full_disk(moment):
+    """The moment-th file that is written finds half of the place that it needs."""
+    write_bytes, count = Path.write_bytes, 0
+
+    def write_half(path, content):
+        nonlocal count
+        count += 1
+        if count != moment:
+            return write_bytes(path, content)
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    Path.write_bytes = write_half
+
+
+def read_only(folder):
+    """Nothing below folder can be changed by this process."""
+
+    def watch(event, arguments):
+        paths = [arg for arg in arguments if isinstance(arg, str | os.PathLike)]
+        changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        if event == "open":
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if changes and paths and os.fspath(paths[0]).startswith(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(paths[0]))
+
+    sys.addaudithook(watch)
+
+
+# ---------------------------------------------------------------------------- kill -9
 
 
 def stage(out):
     """How far a killed run had come, by what it left below out."""
     names = {path.name for path in out.rglob("*")} if out.exists() else ()
-    found = [
-        n for n in ("checkpoint.safetensors", "prompt.safetensors", "results.jsonl") if n in names
-    ]
-    return "after " + found[-1].split(".")[0] if found else "before the first checkpoint"
+    for name in "results.json", "prompt.safetensors", "checkpoint.pt":
+        if name in names:
+            return f"with {name}"
+    return "before the first checkpoint"
 
 
-def padded(flags, out, size):
-    """Makes one run below out, pads its record by size characters, and returns that."""
-    run_coop(*flags, "--epochs", 1, "--seed", 99, "--out", out)
-    (row,) = records(out)
-    row["config"]["padding"] = "x" * size
-    (out / "results.jsonl").write_text(json.dumps(row) + "\n")
-    return row
-
-
-def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(flags, tmp_path):
-    def command(name):
-        return [*flags, "--out", tmp_path / name]
-
-    writes, rng, stages = [], random.Random(5), collections.Counter()
-    with watched(writes.append):
-        run_coop(*command("undisturbed"))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(name, flags, tmp_path):
+    if name == "softcpt":
+        flags = [*flags, "--dataset", "textures,colours"]
+    run(name, *flags, "--out", tmp_path / "first")  # starts what starts the others
+    began = time.monotonic()
+    run(name, *flags, "--out", tmp_path / "undisturbed")
+    seconds = time.monotonic() - began
     wanted = result(tmp_path / "undisturbed")
-    child(os.getcwd).join()  # starts what starts the others
-    start, process = time.time(), child(run_coop, *command("timed"))
-    process.join()
-    seconds = time.time() - start
-    assert (process.exitcode, result(tmp_path / "timed")) == (0, wanted)  # process or not: the same
+    assert wanted == result(tmp_path / "first") and wanted[0] and wanted[1]
+    rng, stages = random.Random(name), Counter()
     for kill in range(KILLS):
         out = tmp_path / f"kill{kill}"
-        if kill % 2:  # at one of its writes
-            code = killed_at(rng.randint(1, len(writes)), run_coop, *command(out.name))
-        else:  # at any time
-            process = child(run_coop, *command(out.name))
+        if kill % 2 == 0:  # at one of its writes
+            killed = start(name, *flags, "--out", out, disturb=(on_write, rng.randint(1, 22), die))
+        else:
+            killed = start(name, *flags, "--out", out)
             time.sleep(rng.uniform(0.2, 1) * seconds)
-            process.kill()
-            process.join()
-            code = process.exitcode
+            killed.process.kill()
+        code, _ = end(killed)
         stages[stage(out) if code == -signal.SIGKILL else "it had ended"] += 1
-        assert not (out / "results.jsonl").exists() or len(records(out)) == 1
-        run_coop(*command(out.name))
+        run(name, *flags, "--out", out)
         assert result(out) == wanted
-    print(f"\n{KILLS} kills, {KILLS} identical results; killed: {dict(stages)}")
-    assert stages["it had ended"] < KILLS / 2
-
-
-def test_a_killed_grid_is_completed_without_redoing_what_was_finished(flags, tmp_path):
-    def command(name):
-        return [*flags, "--seed", "1,2,3", "--out", tmp_path / name]
-
-    writes, out = [], tmp_path / "killed"
-    with watched(writes.append):
-        run_coop(*command("undisturbed"))
-    assert killed_at(len(writes) * 6 // 10, run_coop, *command("killed")) == -signal.SIGKILL
-    finished, again = list(prompts(out)), []
-    assert 0 < len(finished) < 3 and records(out)
-    with watched(again.append):
-        run_coop(*command("killed"))
-    assert result(out) == result(tmp_path / "undisturbed")
-    assert not [path for path in again for run in finished if f"/{run}/" in path]
-    assert 0 < len(again) < len(writes)
-
-
-def test_processes_that_share_a_folder_lose_nothing(flags, tmp_path):
-    some = [["--seed", f"{p}1,{p}2,{p}3,{p}4"] for p in (1, 2, 2)]  # two do the same work
-    filler = padded(flags, tmp_path, 2_000_000)  # slow to read and write
-    logs = [tmp_path / f"log{i}" for i in range(len(some))]
-    crowd = [
-        child(run_coop, *flags, "--epochs", 1, *seeds, "--out", tmp_path, log=log)
-        for seeds, log in zip(some, logs, strict=True)
-    ]
-    for process, log in zip(crowd, logs, strict=True):
-        process.join()
-        assert process.exitcode == 0, log.read_text()
-    rows = records(tmp_path)
-    assert rows[0] == filler
-    assert {row["seed"] for row in rows[1:]} == {11, 12, 13, 14, 21, 22, 23, 24}
-    assert len(prompts(tmp_path)) == 9
+    print(f"\n{name}: {KILLS} kills, {KILLS} identical results; killed {dict(stages)}")
+    assert stages["it had ended"] <= KILLS / 2
 
 
 def test_finished_runs_are_skipped_and_force_redoes_them(flags, tmp_path):
-    command, again = [*flags, "--out", tmp_path], []
-    first, wanted = run_coop(*command), result(tmp_path)
-    with watched(again.append):
-        assert run_coop(*command) == first
-    assert again == [] and result(tmp_path) == wanted
-    with watched(again.append):
-        assert run_coop(*command, "--force") == first
-    assert any("prompt.safetensors" in path for path in again)
-    assert prompts(tmp_path).keys() == {run for run, _ in wanted[1]}
-    assert result(tmp_path)[0][-1]["accuracy"] == wanted[0][0]["accuracy"]
+    options = [*flags, "--out", tmp_path / "runs"]
+    run("coop", *options)
+    wanted = result(tmp_path / "runs")
+    files = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")}
+    run("coop", *options, disturb=(read_only, str(tmp_path / "runs")))
+    assert {path: path.read_bytes() for path in files} == files
+    run("coop", *options, "--force")
+    assert result(tmp_path / "runs") == wanted
+    changed = {path.name for path in files if path.read_bytes() != files[path]}
+    assert changed >= {"prompt.safetensors", "results.json"}  # by their seconds
 
 
-def test_shards_divide_the_grid(flags, tmp_path):
-    grid = [*flags, "--epochs", 1, "--seed", "1,2,3,4,5", "--out", tmp_path]
-    run_coop(*grid, "--shard", "1/2")
-    assert [row["seed"] for row in records(tmp_path)] == [1, 3, 5]
-    run_coop(*grid, "--shard", "2/2")
-    assert [row["seed"] for row in records(tmp_path)] == [1, 3, 5, 2, 4]
+def test_an_interrupted_run_is_one_line_and_goes_on(flags, tmp_path):
+    run("coop", *flags, "--out", tmp_path / "undisturbed")
+    wanted = result(tmp_path / "undisturbed")
+    for moment in 3, 8, 12, 20:  # the configuration, two checkpoints, the row
+        out = tmp_path / f"out{moment}"
+        line = refusal("coop", *flags, "--out", out, disturb=(on_write, moment, interrupt))
+        assert "interrupted" in line
+        assert not [path.name for path in out.rglob(".*")]  # no draft
+        run("coop", *flags, "--out", out)
+        assert result(out) == wanted
+
+
+@pytest.mark.skipif(KIND == "spawn", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_in_training_is_one_line(flags, tmp_path):
+    out = tmp_path / "runs"
+    child = start("coop", *flags, "--epochs", 100_000, "--out", out)
+    deadline = time.monotonic() + 120
+    while not list(out.rglob("checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(child.process.pid, signal.SIGINT)
+    assert "interrupted" in one_line(*end(child))
+    (checkpoint,) = out.rglob("checkpoint.pt")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] > 0
+
+
+# ---------------------------------------------------------------------------- many processes
+
+
+def test_processes_that_share_a_folder_lose_nothing(flags, tmp_path):
+    out, alone = tmp_path / "runs", tmp_path / "alone"
+    seeds = [1, 1, 1, 2, 3]
+    for seed in set(seeds):
+        run("coop", *flags, "--seed", seed, "--out", alone)
+    crowd = [start("coop", *flags, "--seed", seed, "--out", out) for seed in seeds]
+    for child in crowd:
+        code, text = end(child)
+        assert code == 0 and "Traceback" not in text, text
+    assert result(out) == result(alone)
+    assert not list(out.rglob(".*")) and not list(out.rglob("checkpoint.pt"))
+
+
+def evaluate_within(options):
+    """The first evaluation of this process holds a whole other command."""
+    measured = common.measured
+
+    def slow(*arguments):
+        common.measured = measured
+        coop.main(common.cli(coop.Config, options))
+        return measured(*arguments)
+
+    common.measured = slow
+
+
+def test_two_evaluations_of_one_run_at_once_keep_both_rows(flags, tmp_path):
+    out = tmp_path / "runs"
+    options = [str(option) for option in [*flags, "--out", out]]
+    run("coop", *options)
+    other = shutil.copytree(flags[1] / "shapes/textures", tmp_path / "other")
+    within = [*options, "--device", "cpu", "--transfer", str(other)]
+    run("coop", *options, "--transfer", "colours", disturb=(evaluate_within, within))
+    targets = {row[2] for row in result(out)[0]}
+    assert len(targets) == 3 and {"textures", "colours"} < targets
+
+
+def test_writers_of_one_file_do_not_meet_in_its_draft(tmp_path):
+    path, problems = tmp_path / "file", []
+
+    def write(letter):
+        try:
+            for _ in range(200):
+                common.write(path, letter * 100_000)
+                assert len(set(path.read_bytes())) == 1
+        except (OSError, AssertionError) as problem:
+            problems.append(problem)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not problems and list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------------------- the disk
 
 
-@pytest.mark.parametrize("size", [10, 2_500, 90_000])  # the configuration, a checkpoint, the record
-def test_a_full_disk_is_one_line_and_nothing_is_lost(size, flags, tmp_path, capsys):
-    run_coop(*flags, "--out", tmp_path / "roomy")
-    out, wanted = tmp_path / "full", records(tmp_path / "roomy")[0]["accuracy"]
-    other = padded(flags, out, 100_000)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        line = refusal(capsys, run_coop, *flags, "--out", out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in line  # what the limit says in place of "No space left on device"
-    assert records(out) == [other]
-    assert run_coop(*flags, "--out", out) == wanted
-    assert records(out)[0] == other and len(records(out)) == 2
-    assert not [path.name for path in out.rglob(".*")]
-
-
-def read_only(folder):
-    def refuse(path):
-        if path.startswith(str(folder)):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-
-    return watched(refuse)
-
-
-def test_a_read_only_data_folder_is_enough(flags, tmp_path, world):
-    with read_only(world):
-        run_coop(*flags, "--out", tmp_path)
-    assert len(records(tmp_path)) == 1
+def test_a_full_disk_is_one_line_and_nothing_is_lost(flags, tmp_path):
+    out = tmp_path / "full"
+    run("coop", *flags, "--seed", 9, "--out", out)
+    other = result(out)
+    run("coop", *flags, "--out", tmp_path / "roomy")
+    wanted = result(tmp_path / "roomy")
+    for moment in 1, 2, 3, 4, 5:  # the configuration, two checkpoints, the prompt, the row
+        line = refusal("coop", *flags, "--out", out, disturb=(full_disk, moment))
+        assert os.strerror(errno.ENOSPC) in line and str(out) in line
+        assert not [path.name for path in out.rglob(".*")]
+        rows, tensors = result(out)
+        assert rows == other[0] and other[1].items() <= tensors.items()
+        run("coop", *flags, "--out", out)
+        assert result(out)[1] == wanted[1] | other[1]
+        assert wanted[0][0] in result(out)[0]
+        (done,) = (path for path in out.rglob("results.json") if "seed9" not in str(path))
+        shutil.rmtree(done.parent)
 
 
 @pytest.mark.parametrize("place", ["data", "runs"])
-def test_a_folder_that_cannot_be_written_is_one_line(place, flags, tmp_path, capsys):
-    shutil.copytree(flags[1], tmp_path / "data", dirs_exist_ok=True)
-    if place == "data":
-        shutil.rmtree(tmp_path / "data/shapes/shapes")  # it would have to be drawn
-    with read_only(tmp_path / place):
-        places = ["--data", tmp_path / "data", "--out", tmp_path / "runs"]
-        line = refusal(capsys, run_coop, *flags, *places)
-    assert "Read-only" in line and str(tmp_path / place) in line
+def test_a_folder_that_cannot_be_written_is_one_line(place, flags, tmp_path):
+    options = [*flags, "--data", tmp_path / "data", "--out", tmp_path / "runs"]
+    if place == "runs":
+        shutil.copytree(flags[1], tmp_path / "data")
+    log = tmp_path / "log"
+    disturb = (read_only, str(tmp_path / place))
+    line = one_line(*end(start("coop", *options, disturb=disturb, log=log)))
+    assert os.strerror(errno.EROFS) in line and str(tmp_path / place) in line
 
 
-def test_a_file_in_place_of_a_folder_is_one_line(flags, tmp_path, capsys):
+def test_a_read_only_data_folder_is_enough(flags, world, tmp_path):
+    run("coop", *flags, "--out", tmp_path / "runs", disturb=(read_only, str(world)))
+
+
+def test_a_file_in_place_of_a_folder_is_one_line(flags, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "file" in refusal(capsys, run_coop, *flags, "--out", tmp_path / "file")
-    assert "file" in refusal(capsys, run_coop, "--data", tmp_path / "file", "--out", tmp_path / "x")
+    assert "file" in refusal("coop", *flags, "--out", tmp_path / "file")
+    options = [*flags, "--data", tmp_path / "file", "--out", tmp_path / "x"]
+    assert "file" in refusal("coop", *options)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("line", ['{"run": "half', "[]", '{"mine": 1}', "\0\0"])
-def test_a_results_file_with_a_foreign_line_is_named_and_kept(line, flags, tmp_path, capsys):
-    path = tmp_path / "results.jsonl"
-    path.write_text(line + "\n")
-    assert str(path) in refusal(capsys, run_coop, *flags, "--epochs", 1, "--out", tmp_path)
-    with pytest.raises(common.Error, match="no record"):
-        report.read(tmp_path)
-    assert path.read_text() == line + "\n"
+# ---------------------------------------------------------------------------- foreign files
 
 
-# ---------------------------------------------------------------------------- prompt files
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """The --out folder of a finished run."""
+    out = tmp_path_factory.mktemp("finished") / "runs"
+    options = ["--data", world, "--dataset", "textures", "--shots", 1, "--epochs", 2]
+    run("coop", *options, "--out", out)
+    return out
 
 
 @pytest.fixture
-def trained(flags, tmp_path):
-    """(folder, tensors, metadata) of a finished run below tmp_path / "runs"."""
-    run_coop(*flags, "--epochs", 1, "--out", tmp_path / "runs")
-    (path,) = (tmp_path / "runs").rglob("prompt.safetensors")
+def trained(finished, tmp_path):
+    """(--out folder, prompt file, tensors, metadata) of a finished run to be spoilt."""
+    out = shutil.copytree(finished, tmp_path / "runs")
+    (path,) = out.rglob("prompt.safetensors")
     with safe_open(path, "pt") as file:
-        return path.parent, load_file(path), json.loads(file.metadata()["json"])
+        return out, path, load_file(path), json.loads(file.metadata()["about"])
 
 
-def test_a_loaded_prompt_gives_the_result_of_its_training(trained, flags, tmp_path):
-    folder, _, meta = trained
-    with read_only(tmp_path / "runs"):
-        accuracy = run_coop("--data", flags[1], "--load", folder, "--out", tmp_path / "new")
-    (old,), (new,) = records(tmp_path / "runs"), records(tmp_path / "new")
-    assert accuracy == old["accuracy"] == new["accuracy"] and old["n_test"] == new["n_test"]
-    assert not list((tmp_path / "new").rglob("*.safetensors"))
+class Bomb:
+    """Leaves a file behind if it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 BYTES = {
     "empty": b"",
     "random": random.Random(0).randbytes(2000),
-    "pickle": pickle.dumps({"ctx": [1.0]}),
     "huge header": (2**62).to_bytes(8, "little") + b"{}",
     "zip": b"PK\3\4" + b"\0" * 100,
 }
-CHANGES = {
-    "no metadata": None,
-    "metadata of another kind": [1],
+ABOUTS = {
+    "a list": [1],
+    "a number": 1,
     "no method": {"method": None},
     "another method": {"method": "dpt"},
-    "other weights": {"fingerprint": "0" * 16},
-    "no configuration": {"config": {}},
-    "data sets of another kind": {"data": [["x"]]},
+    "another CLIP": {"fingerprint": "0" * 16},
+    "no pictures": {"pictures": None},
+    "no configuration": {"config": None},
+    "a list of options": {"config": [1]},
+    "an unknown option": {"config": {"wings": 2}},
 }
 
 
-@pytest.mark.parametrize("kind", [*BYTES, *CHANGES, "cut", "shape", "name", "absent"])
-def test_a_hostile_prompt_file_is_one_line(kind, trained, flags, tmp_path, capsys):
-    folder, tensors, meta = trained
-    path, changes = folder / "prompt.safetensors", CHANGES.get(kind, {})
-    (name,) = tensors
+def spoil(kind, path, tensors, about):
+    """Replaces a prompt file by another of some kind."""
+    metadata = {"about": json.dumps(about)}
+    ((name, tensor),) = tensors.items()
     if kind in BYTES:
         path.write_bytes(BYTES[kind])
     elif kind == "cut":
         path.write_bytes(path.read_bytes()[:-7])
-    elif kind == "absent":
-        path.unlink()
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(path.with_name("executed"))))
+    elif kind == "pickle of torch":
+        torch.save(Bomb(path.with_name("executed")), path)
+    elif kind in ABOUTS:
+        if isinstance(ABOUTS[kind], dict):
+            merged = about | ABOUTS[kind]
+            about = {key: value for key, value in merged.items() if value is not None}
+        else:
+            about = ABOUTS[kind]
+        save_file(tensors, path, {"about": json.dumps(about)})
+    elif kind == "wrong JSON":
+        save_file(tensors, path, {"about": metadata["about"][:-1]})
+    elif kind == "no metadata":
+        save_file(tensors, path)
+    elif kind == "another name":
+        save_file({"other": tensor}, path, metadata)
+    elif kind == "another shape":
+        save_file({name: tensor[..., 1:].contiguous()}, path, metadata)
+    elif kind == "another type":
+        save_file({name: tensor.bool()}, path, metadata)
     else:
-        tensor = tensors[name]
-        tensor = {"shape": tensor[..., 1:].contiguous(), "type": tensor.bool()}.get(kind, tensor)
-        meta = changes if kind == "metadata of another kind" else meta | (changes or {})
-        metadata = {"json": json.dumps({k: v for k, v in meta.items() if v is not None})
-                    if isinstance(meta, dict) else json.dumps(meta)}  # fmt: skip
-        save_file(
-            {"other" if kind == "name" else name: tensor},
-            path,
-            None if changes is None else metadata,
-        )
-    command = ["--data", flags[1], "--load", folder, "--out", tmp_path / "new"]
-    assert str(path) in refusal(capsys, run_coop, *command)
-    assert not (tmp_path / "new/results.jsonl").exists()
+        save_file({name: tensor * torch.nan}, path, metadata)
 
 
-def test_a_prompt_of_another_clip_is_refused(trained, flags, tmp_path, capsys):
-    folder, _, _ = trained
-    clip = tiny_clip(tmp_path / "clip")
-    command = ["--data", flags[1], "--load", folder, "--out", tmp_path / "new", "--model", clip]
-    assert "weights" in refusal(capsys, run_coop, *command)
+KINDS = [*BYTES, "cut", "pickle", "pickle of torch", *ABOUTS, "wrong JSON", "no metadata"]
+KINDS += ["another name", "another shape", "another type", "NaN"]
 
 
-def test_a_broken_checkpoint_is_one_line(flags, tmp_path, capsys):
-    run_coop(*flags, "--out", tmp_path)
-    (path,) = tmp_path.rglob("prompt.safetensors")
-    (tmp_path / "results.jsonl").unlink()
-    path.write_bytes(BYTES["random"])
-    assert str(path) in refusal(capsys, run_coop, *flags, "--out", tmp_path)
-    path.rename(path.with_name("checkpoint.safetensors"))
-    assert "checkpoint.safetensors" in refusal(capsys, run_coop, *flags, "--out", tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hostile_prompt_file_is_one_line(kind, trained, flags):
+    out, path, tensors, about = trained
+    (path.with_name("results.json")).unlink()
+    spoil(kind, path, tensors, about)
+    spoilt = path.read_bytes()
+    load = ["--data", flags[1], "--out", out, "--load", path.parent]
+    assert str(path.parent) in refusal("coop", *load)
+    if "option" not in kind and "configuration" not in kind:  # which only --load asks for
+        assert str(path.parent) in refusal("coop", *flags, "--out", out)
+    assert path.read_bytes() == spoilt
+    assert not list(out.rglob("executed")) and not list(out.rglob("results.json"))
 
 
-# ---------------------------------------------------------------------------- two copied files
+@pytest.mark.parametrize("kind", [*BYTES, "pickle", "pickle of torch"])
+def test_a_hostile_checkpoint_is_one_line(kind, trained, flags):
+    out, path, tensors, about = trained
+    spoil(kind, path, tensors, about)
+    path.rename(path.with_name("checkpoint.pt"))
+    assert "checkpoint.pt" in refusal("coop", *flags, "--out", out)
+    assert not list(out.rglob("executed"))
+    run("coop", *flags, "--force", "--out", out)
 
 
-def test_two_files_copied_to_an_empty_folder_train_on_a_folder_of_images(tmp_path):
-    here = Path(common.__file__).parent
-    for file in "coop.py", "common.py":
-        shutil.copy(here / file, tmp_path)
-    for label, c in enumerate(["a cat", "dog"]):
-        for i in range(4):
-            picture(tmp_path / "my images" / c / f"{i}.png", label)
-    command = ["coop.py", "--dataset", "my images", "--model", tiny_clip(tmp_path / "clip")]
-    command += ["--shots", "1", "--epochs", "1", "--device", "cpu"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
-    (row,) = records(tmp_path / "runs")
-    assert f"{row['accuracy']:.2f} (zero-shot" in done.stdout.splitlines()[-1]
-    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {
-        *("coop.py", "common.py", "my images", "clip", "runs")
-    }
+@pytest.mark.parametrize("content", ['[{"run": "half', "[1]", '[{"mine": 1}]', "\0\0"])
+def test_a_foreign_results_file_is_named_and_kept(content, trained, flags):
+    out, path, _, _ = trained
+    file = path.with_name("results.json")
+    file.write_text(content)
+    assert str(file) in refusal("coop", *flags, "--out", out)
+    assert file.read_text() == content
 
 
-def test_a_question_without_a_run_is_one_line(flags, tmp_path, capsys):
-    for question in ["--predict", "x.png"], ["--interpret"]:
-        assert "no finished run" in refusal(capsys, run_coop, *flags, *question, "--out", tmp_path)
+# ---------------------------------------------------------------------------- changed pictures
 
 
-def test_names_that_differ_only_in_signs_have_folders_of_their_own():
-    folders = {common.run_folder(coop.Config(init=i)) for i in ("a b", "a-b", "a b.", "a_b")}
-    assert len(folders) == 4
-
-
-def test_a_loaded_run_is_recorded_as_the_run_itself(flags, tmp_path):
-    run_coop(*flags, "--epochs", 1, "--out", tmp_path)
-    folder = next(tmp_path.rglob("prompt.safetensors")).parent
-    run_coop(*flags, "--load", folder, "--out", tmp_path, "--force")
-    assert len({row["run"] for row in records(tmp_path)}) == 1
-
-
-# ---------------------------------------------------------------------------- changed data
-
-
-@pytest.fixture
-def mine(tmp_path):
-    """(folder, flags) of a run on class folders with train/ and test/, two images in each."""
+@pytest.fixture(scope="module")
+def mine(world, tmp_path_factory):
+    """(folder of a data set, --out folder, options of a run on it), to be copied."""
+    top = tmp_path_factory.mktemp("mine")
     for part in "train", "test":
-        for label, c in enumerate(["cat", "dog"]):
-            for i in range(2):
-                picture(tmp_path / "mine" / part / c / f"{i}.png", label)
-    flags = ["--dataset", tmp_path / "mine", "--model", tiny_clip(tmp_path / "clip")]
-    return tmp_path / "mine", [*flags, "--shots", 0, "--out", tmp_path / "runs"]
+        for texture in "plain", "dotted":
+            source = world / "shapes/textures" / part / texture
+            shutil.copytree(source, top / "pictures" / part / texture)
+    options = ["--model", f"local-dir:{world}/shapes/clip", "--shots", 0, "--epochs", 2]
+    for stage, disturb in ("finished", None), ("half", (on_write, 10, interrupt)):
+        out = top / stage
+        end(start("coop", *options, "--dataset", top / "pictures", "--out", out, disturb=disturb))
+    return top, options
 
 
 def change(kind, folder):
-    if kind == "a new photograph":
-        picture(folder / "train/cat/new.png", 0)
-    elif kind == "another photograph of the same name":
-        picture(folder / "train/cat/0.png", 0, (20, 20))
-    elif kind == "another name of a file":
-        (folder / "train/cat/0.png").rename(folder / "train/cat/other.png")
+    if kind == "a new picture":
+        shutil.copy(folder / "train/plain/000.png", folder / "train/plain/new.png")
+    elif kind == "another picture of the same name":
+        shutil.copy(folder / "train/plain/001.png", folder / "train/plain/000.png")
     elif kind == "another label":
-        (folder / "train/cat/0.png").rename(folder / "train/dog/0b.png")
+        (folder / "train/plain/000.png").rename(folder / "train/dotted/000b.png")
     else:
         for part in "train", "test":
-            (folder / part / "cat").rename(folder / part / "caterpillar")
+            (folder / part / "plain").rename(folder / part / "smooth")
 
 
-CHANGED = ["a new photograph", "another photograph of the same name", "another name of a file"]
-CHANGED += ["another label", "another class name"]
+CHANGES = ["a new picture", "another picture of the same name", "another label", "another class"]
 
 
-@pytest.mark.parametrize("kind", CHANGED)
-@pytest.mark.parametrize("stage", ["finished", "checkpoint"])
-def test_training_on_changed_data_is_refused_unless_forced(kind, stage, mine, tmp_path, capsys):
-    folder, flags = mine
-    run_coop(*flags)
-    (file,) = (tmp_path / "runs").rglob("prompt.safetensors")
-    before = file.read_bytes()
-    if stage == "checkpoint":
-        file = file.rename(file.with_name("checkpoint.safetensors"))
-        (tmp_path / "runs/results.jsonl").unlink()
-    change(kind, folder)
-    line = refusal(capsys, run_coop, *flags)
-    assert "other images or class names" in line and "--force" in line
-    assert file.read_bytes() == before
-    run_coop(*flags, "--force")
-    count = len(records(tmp_path / "runs"))
-    run_coop(*flags)  # finished again
-    assert len(records(tmp_path / "runs")) == count
-    assert len(report.read(tmp_path / "runs")) == 1
+@pytest.mark.parametrize("kind", CHANGES)
+def test_training_on_changed_pictures_is_refused_unless_forced(kind, mine):
+    top, options = mine
+    kept = shutil.copytree(top / "pictures", top / "kept")
+    shutil.copytree(top / "finished", top / "finished_kept")
+    shutil.copytree(top / "half", top / "half_kept")
+    try:
+        change(kind, top / "pictures")
+        options = [*options, "--dataset", top / "pictures"]
+        for stage, name in ("half", "checkpoint.pt"), ("finished", "prompt.safetensors"):
+            out = top / stage
+            (file,) = out.rglob(name)
+            before = file.read_bytes()
+            line = refusal("coop", *options, "--out", out)
+            assert "other pictures" in line and "--force" in line
+            assert file.read_bytes() == before
+        old = result(out)
+        run("coop", *options, "--force", "--out", out)
+        assert result(out)[1] != old[1]
+        run("coop", *options, "--out", out)  # finished again
+    finally:
+        for name in "pictures", "finished", "half":
+            source = kept if name == "pictures" else top / f"{name}_kept"
+            shutil.rmtree(top / name)
+            source.rename(top / name)
 
 
-def test_changed_test_images_are_evaluated_anew_with_the_same_prompt(
-    mine, tmp_path, monkeypatch, capsys
-):
-    folder, flags = mine
-    run_coop(*flags)
-    before = prompts(tmp_path / "runs")
-    picture(folder / "test/dog/new.png", 1)
-    run_coop(*flags)
-    assert [row["n_test"] for row in records(tmp_path / "runs")] == [4, 5]
-    monkeypatch.setattr(coop, "train", None)  # and is then finished again
-    run_coop(*flags)
-    assert str(prompts(tmp_path / "runs")) == str(before)
-    assert "finished before" in capsys.readouterr().out
-
-
-def test_data_copied_elsewhere_is_the_same_data(mine, tmp_path, monkeypatch):
-    folder, flags = mine
-    monkeypatch.chdir(tmp_path)
-    flags[1] = "mine"
-    run_coop(*flags)
-    (tmp_path / "other").mkdir()
-    shutil.copytree(folder, tmp_path / "other/mine")
-    monkeypatch.chdir(tmp_path / "other")
-    monkeypatch.setattr(coop, "train", None)
-    run_coop(*flags)
-
-
-def test_force_takes_back_what_the_old_prompt_was_worth_elsewhere(flags, world, tmp_path):
-    elsewhere = ["--transfer", "shapes_negative"]
-    run_coop(*flags, *elsewhere, "--out", tmp_path)
-    run_coop(*flags, "--force", "--out", tmp_path)
-    assert [row["evaluated_on"] for row in report.read(tmp_path)] == ["shapes"]
-    run_coop(*flags, *elsewhere, "--out", tmp_path)
-    rows = report.read(tmp_path)
-    assert sorted(row["evaluated_on"] for row in rows) == ["shapes", "shapes_negative"]
-
-
-def test_a_forced_run_that_fails_or_is_cut_short_leaves_no_old_number(mine, tmp_path, capsys):
-    folder, flags = mine
-    run_coop(*flags, "--epochs", 3)
-    (file,) = (tmp_path / "runs").rglob("prompt.safetensors")
-    (folder / "test/cat/1.png").rename(folder / "away.png")
-    (folder / "test/cat/1.png").symlink_to("nowhere")
-    assert "1.png" in refusal(capsys, run_coop, *flags, "--epochs", 3, "--force")
-    assert file.exists()
-    (folder / "away.png").replace(folder / "test/cat/1.png")
-    with interrupted(at=2):
-        run_coop(*flags, "--epochs", 3, "--force")
-    assert not file.exists()
-    run_coop(*flags, "--epochs", 3)
-    assert file.exists()
-    seconds = [row["train_seconds"] for row in records(tmp_path / "runs")]
-    assert len(seconds) == 2 and seconds[0] != seconds[1]
-
-
-def test_force_trains_anew_in_place_of_a_broken_prompt_file(flags, tmp_path):
-    wanted = run_coop(*flags, "--out", tmp_path)
-    (file,) = tmp_path.rglob("prompt.safetensors")
-    file.write_bytes(BYTES["random"])
-    assert run_coop(*flags, "--force", "--out", tmp_path) == wanted
-
-
-def test_a_loaded_run_keeps_its_shots_and_seed(flags, tmp_path):
-    run_coop(*flags, "--epochs", 1, "--out", tmp_path)
-    folder = next(tmp_path.rglob("prompt.safetensors")).parent
-    run_coop("--data", flags[1], "--load", folder, "--shots", 2, "--seed", 5, "--out", tmp_path)
-    (row,) = records(tmp_path)
-    assert (row["shots"], row["seed"]) == (1, 1)
-    run_coop("--data", flags[1], "--load", folder, "--dataset", "textures", "--out", tmp_path)
-    rows = report.read(tmp_path)
-    assert {row["evaluated_on"]: row["transferred"] for row in rows} == {
-        "shapes": False,
-        "textures": True,
-    }
-
-
-def test_other_tensors_from_python_do_not_get_the_old_prompt(clip, tmp_path):
-    cfg = coop.Config(dataset="toy", epochs=1, n_ctx=2, out=str(tmp_path))
-    data = toy()
-    first, _ = coop.train(cfg, clip, data)
-    again, _ = coop.train(cfg, clip, data)
-    assert first.ctx.equal(again.ctx)
-    other = [(picture.clone(), *label) for picture, *label in data.train]
-    other[0][0][:, 20, 20] += 1  # in the middle, where print(tensor) would not show it
-    with pytest.raises(common.Error, match="other images"):
-        coop.train(cfg, clip, data._replace(train=other))
-
-
-def test_another_label_set_keeps_the_clip_of_the_loaded_run(flags, mine, tmp_path):
-    run_coop(*flags, "--out", tmp_path / "shapes")
-    (file,) = (tmp_path / "shapes").rglob("prompt.safetensors")
-    command = ["--data", flags[1], "--out", tmp_path / "new", "--dataset", mine[0]]
-    run_coop(*command, "--load", file.parent)
-    assert records(tmp_path / "new")[0]["model"].endswith("shapes/clip")
+def test_changed_test_pictures_are_evaluated_anew_with_the_same_prompt(mine, tmp_path):
+    top, options = mine
+    pictures = shutil.copytree(top / "pictures", tmp_path / "pictures")
+    options = [*options, "--dataset", pictures, "--out", tmp_path / "runs"]
+    run("coop", *options)
+    (prompt,) = (tmp_path / "runs").rglob("prompt.safetensors")
+    before = prompt.read_bytes()
+    shutil.copy(pictures / "test/plain/000.png", pictures / "test/plain/new.png")
+    run("coop", *options)
+    (row,) = result(tmp_path / "runs")[0]
+    assert row[-1] == 9 and prompt.read_bytes() == before

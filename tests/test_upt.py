@@ -11,21 +11,31 @@ import common
 import upt
 from tests.conftest import (
     NAMES,
-    gradients,
+    new_prompt,
     plain_image,
     plain_prompts,
-    rates,
-    rehearsed,
+    rehearse,
+    schedule,
     toy,
     unit,
-    untrained,
 )
+
+
+def start(clip, **options):
+    """(Config, UnifiedPrompt at its start)."""
+    cfg = upt.Config(**options)
+    return cfg, new_prompt(upt, cfg, clip, toy())
+
+
+def logits_of(cfg, clip, prompt, images, data=None):
+    """The logits of the classes of data, or of toy(), as evaluated."""
+    return upt.classifier(cfg, clip, prompt, data or toy())(images, None)
 
 
 def learner(**options):
     """UnifiedPrompt of the odd CLIP's widths, no norm or bias left at its initial value."""
     torch.manual_seed(0)
-    prompt = upt.UnifiedPrompt(upt.Config(**options), 32, 48, 3)
+    prompt = upt.UnifiedPrompt(upt.Config(**options), 32, 48)
     for p in prompt.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return prompt.eval()
@@ -48,8 +58,8 @@ def test_the_transform_is_the_equations_by_hand(official):
     prompt = learner(official=official)
     U, (V, P) = by_hand(prompt, not official), prompt()
     P_hand = U[4:] @ prompt.visual.weight.T + prompt.visual.bias
-    assert torch.allclose(V[0], U[:4], atol=1e-5) and torch.allclose(P[0], P_hand, atol=1e-5)
-    assert V.shape == (1, 4, 32) and P.shape == (1, 4, 48)
+    assert torch.allclose(V[0], U[:4], atol=1e-5) and torch.allclose(P, P_hand, atol=1e-5)
+    assert V.shape == (1, 4, 32) and P.shape == (4, 48)
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -72,13 +82,14 @@ def test_one_pass_serves_both_towers_unless_official(odd):
         assert passes == 1 or not torch.equal(*S)  # two passes have dropout masks of their own
     assert not torch.equal(prompt()[0], prompt()[0])  # dropout while training
     assert torch.equal(prompt.eval()()[0], prompt()[0])
-    _, predictor = untrained(upt, odd, toy())
-    f, images = torch.zeros(2, 24), torch.rand(2, 3, 32, 32)
-    assert torch.equal(predictor(toy())(f, images), predictor(toy())(f, images))
+    images, (cfg, prompt) = torch.rand(2, 3, 32, 32), start(odd)
+    prompt.train()
+    found = [logits_of(cfg, odd, prompt, images) for _ in range(2)]
+    assert torch.equal(*found)  # evaluation has none
 
 
 def test_the_parameters_number_1976064_at_vit_b_16():
-    prompt = upt.UnifiedPrompt(upt.Config(), 512, 768, 12)
+    prompt = upt.UnifiedPrompt(upt.Config(), 512, 768)
     assert sum(p.numel() for p in prompt.parameters() if p.requires_grad) == 1_976_064
     assert prompt.prompts.std().item() == pytest.approx(0.02, rel=0.05)
 
@@ -86,24 +97,22 @@ def test_the_parameters_number_1976064_at_vit_b_16():
 def test_at_vit_b_16_the_prompts_join_196_patches_before_ln_pre():
     config, seen = open_clip.get_model_config("ViT-B-16"), []
     vision, text = config["vision_cfg"] | {"layers": 1}, config["text_cfg"] | {"layers": 1}
-    clip = open_clip.CLIP(512, vision, text).requires_grad_(False).eval()
-    clip.tokenize, clip.half_dtype = open_clip.get_tokenizer("ViT-B-16"), None
-    clip.visual.ln_pre.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    clip.visual.transformer.resblocks[0].ln_1.register_forward_hook(
-        lambda *args: seen.append(args[2])
-    )
-    prompt, predictor = untrained(upt, clip, toy())
-    predictor(toy())(None, torch.zeros(1, 3, 224, 224))
-    assert [x.shape for x in seen] == [(1, 1 + 4 + 196, 768)] * 2
-    rows = {tuple(row[:8].tolist()) for row in seen[0][0].detach()}
-    assert all(tuple(row[:8].tolist()) in rows for row in prompt.eval()()[1][0].detach())
+    model = open_clip.CLIP(512, vision, text)
+    model.visual.image_mean, model.visual.image_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    clip = common.Clip(model, open_clip.get_tokenizer("ViT-B-16"))
+    for layer in clip.visual.ln_pre, clip.blocks()[0].ln_1:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    cfg, prompt = start(clip)
+    logits_of(cfg, clip, prompt, torch.zeros(1, 3, 224, 224))
+    assert [x.shape for x in seen] == [(1, 1 + 196 + 4, 768)] * 2
+    assert torch.allclose(seen[0][0, -4:], prompt()[1])  # behind the patches: no mask, no position
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"official": True}, {"deep": True}, {"side": "text"}, {"side": "visual"}]
+    "options", [{}, {"official": True}, {"side": "text"}, {"side": "visual"}], ids=str
 )
 def test_logits_are_those_of_the_plain_towers(odd, options):
-    prompt, predictor = untrained(upt, odd, toy(), **options)
+    cfg, prompt = start(odd, **options)
     images = torch.randn(5, 3, 32, 32)
     U = by_hand(prompt, not options.get("official"))
     ids = odd.tokenize([f"a photo of a {c}.".replace("_", " ") for c in NAMES])
@@ -113,48 +122,59 @@ def test_logits_are_those_of_the_plain_towers(odd, options):
     if options.get("side") != "text":  # text alone is CoOp
         P = U @ prompt.visual.weight.T + prompt.visual.bias
         rows = {-1: P}
-    if options.get("deep"):
-        rows = {i: P[i::3] for i in range(3)}  # prompt-major, as in the release
     v = plain_image(odd, images, rows)
     expected = odd.logit_scale.exp() * unit(v) @ unit(w).T
-    found = predictor(toy())(None, images)
+    found = logits_of(cfg, odd, prompt, images)
     assert torch.allclose(found, expected, atol=1e-3)
-    other = predictor(toy()._replace(classnames=["dog", NAMES[2]]))(None, images)
-    assert torch.allclose(other[:, 1], found[:, 2], atol=1e-3)
+    other = toy()._replace(classnames=["dog", NAMES[2]])
+    assert torch.allclose(logits_of(cfg, odd, prompt, images, other)[:, 1], found[:, 2], atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"official": True}, {"deep": True}])
-def test_the_loss_is_cross_entropy_and_reaches_every_learnable(odd, options):
-    losses, prompt = rehearsed(upt, odd, toy(), epochs=1, dropout=0.0, **options)
-    predictor = untrained(upt, odd, toy(), **options)[1]
-    images, y = next(common.loader(upt.Config(), odd, toy())(0))
-    assert losses[0].item() == pytest.approx(
-        F.cross_entropy(predictor(toy())(None, images), y).item(), rel=1e-4
-    )
-    found = gradients(losses[0], list(prompt.parameters()))
-    assert all(g.abs().max() > 0 for g in found)
+@pytest.mark.parametrize("official", [False, True])
+def test_the_loss_is_cross_entropy_and_reaches_every_learnable(odd, official):
+    cfg, prompt = start(odd, dropout=0.0, official=official)
+    (step,), _ = rehearse(upt, cfg, odd, toy(), prompt)
+    images, y = next(common.Loader(cfg, odd, toy()).epoch(0))
+    expected = F.cross_entropy(logits_of(cfg, odd, prompt, images), y)
+    assert step.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert step.gradients.keys() == dict(prompt.named_parameters()).keys()
+    assert all(g.abs().max() > 0 for g in step.gradients.values())
     assert {p.dtype for p in prompt.parameters()} == {torch.float32}
+    assert all(p.grad is None and not p.requires_grad for p in odd.parameters())
 
 
-def test_training_has_dropout_and_evaluation_has_none(odd):
-    losses, prompt = rehearsed(upt, odd, toy(), epochs=2)
-    assert prompt.training and prompt.drop.p == prompt.attention.dropout == 0.1
-    dry, _ = rehearsed(upt, odd, toy(), epochs=2, dropout=0.0)
-    assert losses[0] != dry[0]
+def test_training_has_dropout_unless_it_is_zero(odd):
+    losses = []
+    for dropout in 0.1, 0.0:
+        cfg, prompt = start(odd, dropout=dropout)
+        prompt.eval()  # train must switch it on itself
+        batch = [next(common.Loader(cfg, odd, toy()).epoch(0))]
+        steps, _ = rehearse(upt, cfg, odd, toy(), prompt, batch * 2)
+        losses.append([step.loss.item() for step in steps])
+        assert prompt.training and prompt.drop.p == prompt.attention.dropout == dropout
+    (first, second), (dry, again) = losses
+    assert first != second and dry == again
 
 
-@pytest.mark.parametrize("side", ["text", "visual"])
-def test_a_script_with_one_side_switched_off_runs(fit, side):
-    assert fit(upt, dataset="textures", side=side) > 0
+@pytest.mark.parametrize("options", [{"side": "text"}, {"side": "visual"}, {"official": True}])
+def test_its_options_run(fit, options):
+    assert fit(upt, dataset="textures", **options) > 0
 
 
 @pytest.mark.parametrize("shots, epochs", [(1, 50), (4, 100), (16, 200)])
 def test_epochs_follow_coops_table(odd, shots, epochs):
-    found = rates(upt, odd, toy(), shots=shots)
-    assert len(found) == epochs and set(found[1]) == {0.002}
-    assert len(rates(upt, odd, toy()._replace(name="imagenet"))) == 50
+    found = schedule(upt, odd, toy(), shots=shots)
+    assert len(found) == epochs and found[:2] == [[1e-5], [0.002]]
+    source = toy()._replace(name="imagenet")
+    assert len(schedule(upt, odd, source)) == 50 and len(schedule(upt, odd, source, epochs=3)) == 3
+
+
+@pytest.mark.parametrize("options", [{"n_ctx": 0}, {"dropout": 1.0}, {"dropout": -0.1}], ids=str)
+def test_a_transform_that_cannot_be_is_refused(odd, options):
+    with pytest.raises(common.Error, match="--" + "".join(options)):
+        start(odd, **options)
 
 
 def test_a_resnet_is_refused(resnet):
     with pytest.raises(common.Error, match="ViT-B-16"):
-        untrained(upt, resnet, toy())
+        start(resnet)

@@ -1,0 +1,134 @@
+"""The command line's complaints, and the folder that a run is kept in."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+import coop
+import dpt
+import enprompt
+import softcpt
+import upt
+from tests.conftest import HERE
+
+
+def folder(**options):
+    return common.run_folder(coop.Config(**options))
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--shot 4 --what 3", "--what"),
+        ("--shots four", "--shots"),
+        ("--position back", "--position"),
+        ("--dataset shapse", "shapes"),
+        ("--dataset caltech101", "caltech-101"),
+        ("--transfer nowhere", "nowhere"),
+        ("--model ViT-B-61", "ViT-B-61"),
+        ("--device cuda:99", "cuda:99"),
+        ("--load nowhere", "nowhere"),
+        ("--n_ctx 80", "too long"),
+        ("--init of_a", "--init"),
+    ],
+)
+def test_bad_input_ends_in_one_line_that_names_it(shell, arguments, said):
+    code, _, err = shell("coop.py", "--epochs", "1", "--shots", "1", *arguments.split())
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and said in lines[0]
+    assert "Traceback" not in err and err.splitlines()[-1] == lines[0]
+
+
+@pytest.mark.parametrize("method", [coop, dpt, upt, enprompt, softcpt])
+def test_no_number_may_be_below_its_least(method):
+    for field in dataclasses.fields(method.Config):
+        if field.type in (int, float):
+            with pytest.raises(common.Error, match=f"--{field.name} "):
+                method.Config(**{field.name: -2})
+    for name in "batch_size", "workers":
+        with pytest.raises(common.Error, match=f"--{name} .* 1"):
+            method.Config(**{name: 0})
+
+
+def test_a_shell_sees_one_line_and_exit_code_2(world, tmp_path):
+    command = [sys.executable, HERE / "coop.py", "--init", "a photo", "--csc"]
+    command += ["--device", "cpu", "--data", world, "--out", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: --init")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "problem, said",
+    [
+        (common.Error("a\nb\x1b[31m"), "error: a b"),
+        (OSError(2, "No such file", "x.jpg"), "x.jpg"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_a_script_ends_in_one_printable_line(problem, said, capsys):
+    def main():
+        raise problem
+
+    with pytest.raises(SystemExit) as end:
+        common.script(main)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and said in line
+    assert line.endswith("\n") and line[:-1].isprintable()
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        common.script(lambda: 1 / 0)
+
+
+def test_a_script_gives_what_its_main_gives():
+    assert common.script(lambda: 42.0) == 42
+
+
+def test_every_option_that_is_learned_from_has_its_own_folder():
+    different = [{}, {"n_ctx": 4}, {"n_ctx": 44}, {"csc": True}, {"init": "a b"}, {"init": "a-b"}]
+    different += [{"init": "a_b"}, {"init": "a/b"}, {"seed": 2}, {"shots": 1}, {"lr": 0.1}]
+    different += [{"dataset": "textures"}, {"classes": "base"}, {"model": "RN50"}, {"epochs": 3}]
+    different += [{"model": "local-dir:a"}, {"model": "local-dir/a"}, {"precision": "bf16"}]
+    different += [{"dataset": "a/b"}, {"dataset": "a-b"}, {"dataset": "a\\b"}, {"pretrained": ""}]
+    different += [{"init": "a" * 300}, {"init": "a" * 301}, {"init": "a" * 300 + "b"}]
+    folders = [folder(**options) for options in different]
+    assert len({str(place).lower() for place in folders}) == len(different)
+    assert common.run_folder(upt.Config()) != folder()
+
+
+def test_what_is_not_learned_from_does_not_move_a_run():
+    same = {"transfer": "textures", "device": "cpu", "data": "x", "workers": 1, "force": True}
+    assert folder(**same) == folder() == Path("runs", "coop", "shapes", "16shots_seed1")
+
+
+@pytest.mark.parametrize(
+    "text", ["../../x", "/etc/x", 'a:b*?"<>|', "é猫 🦊", "..", ".", "\udce9", "猫" * 99]
+)
+def test_a_folders_name_stays_below_out_and_any_disk_takes_it(text, tmp_path):
+    for options in {"dataset": text}, {"init": text}, {"model": text}:
+        place = folder(out=str(tmp_path), **options)
+        parts = place.relative_to(tmp_path).parts
+        assert len(parts) == 3 and ".." not in parts and parts[0] == "coop"
+        assert all(len(part.encode()) < 256 for part in parts)
+        assert not any(letter in part for part in parts for letter in '<>:"/\\|?*')
+        place.mkdir(parents=True)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "x.json"
+    common.write(path, b"first")
+    assert path.read_bytes() == b"first" and len(list(path.parent.iterdir())) == 1
+
+    def full(self, target):
+        raise OSError("disk is full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="full"):
+        common.write(path, b"second")
+    assert path.read_bytes() == b"first" and len(list(path.parent.iterdir())) == 1
