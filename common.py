@@ -146,6 +146,8 @@ def script(main):
         return main()
     except (Error, OSError) as problem:
         line = str(problem)
+    except torch.OutOfMemoryError:
+        line = "the GPU's memory is full; lower --batch_size, or take a smaller --model"
     except KeyboardInterrupt:
         line = "interrupted; the same command goes on after the last whole epoch"
     print("error:", "".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
@@ -774,6 +776,9 @@ AHEAD = 2  # batches on which threads work before they are asked for
 def decode(picture):
     """(3, H, W) uint8 RGB of an image file, as PIL reads it; a tensor passes. Raises Error."""
     if isinstance(picture, torch.Tensor):
+        if picture.dtype != torch.uint8 or picture.dim() != 3 or len(picture) != 3:
+            kind = f"{picture.dtype} {tuple(picture.shape)}"
+            raise Error(f"a picture is a path or a uint8 tensor (3, H, W), not {kind}")
         return picture
     try:
         with Image.open(picture) as image:
@@ -793,11 +798,14 @@ def views(clip, pictures, boxes=None, mirror=None):
 
 
 def view(picture, side, box=None, flip=False):
-    """uint8 (3, side, side): the box resized and mirrored or not; without a box the central square
-    of the picture with its shorter edge resized."""
+    """uint8 (3, side, side), by PIL: the box resized, mirrored or not; without a box the central
+    square of the picture with its shorter edge resized."""
+    image = vision.to_pil_image(picture)
     if box is None:
-        return vision.center_crop(vision.resize(picture, [side], BICUBIC), [side])
-    square = vision.resized_crop(picture, *box, [side, side], BICUBIC)
+        image = vision.center_crop(vision.resize(image, [side], BICUBIC), [side])
+    else:
+        image = vision.resized_crop(image, *box, [side, side], BICUBIC)
+    square = vision.pil_to_tensor(image)
     return square.flip(-1) if flip else square
 
 
@@ -995,6 +1003,8 @@ def resumed(cfg, clip, data, prompt, optimizer):
         write(part, content.getvalue())
     about["train_seconds"] = state["seconds"]
     tensors = {name: tensor.cpu() for name, tensor in prompt.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise Error(f"the last step of {folder} diverged: lower --lr, and --force")
     write(final, save(tensors, {"about": json.dumps(about)}))
     part.unlink(missing_ok=True)
 
