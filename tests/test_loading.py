@@ -1,6 +1,7 @@
 """Loading CLIP: precisions, weights files, fingerprints, and what is refused."""
 
 import json
+import os
 
 import open_clip
 import pytest
@@ -113,10 +114,21 @@ def test_openais_archives_are_read_with_quick_gelu(tmp_path, small):
     assert same_features(clip, quick) and not same_features(clip, small)
 
 
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
 def test_a_weights_file_with_code_in_it_runs_none_and_is_refused(tmp_path, small):
-    torch.save(small, tmp_path / "model.pt")  # a pickled module
+    torch.save(small.state_dict() | {"more": Code(tmp_path / "made")}, tmp_path / "model.pt")
     with pytest.raises(common.Error, match="ViT-B-16"):
         load("ViT-B-16", str(tmp_path / "model.pt"))
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\3\4broken"])
