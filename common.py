@@ -263,11 +263,27 @@ def load_clip(model, pretrained="openai", device="", precision=""):
         raise Error(f"--model {model}, --device {device}: {problem}") from None
     finally:
         logging.disable(logging.NOTSET)
-    towers = open_clip.transformer.VisionTransformer, open_clip.modified_resnet.ModifiedResNet
-    usual = type(built) is open_clip.CLIP and isinstance(built.visual, towers)
-    if not usual or built.attn_mask is None or getattr(built.visual, "attn_pool", None):
+    if not supported(built):
         raise Error(f"--model {model} is not of open_clip's class CLIP with OpenAI's towers")
     return Clip(built, tokenize, device, precision)
+
+
+def supported(model):
+    """Whether the towers below compute what the model's own do: OpenAI's ViT or ResNet, read at the
+    class token, and a causal text tower, read at the EOT."""
+    visual = model.visual
+    towers = open_clip.transformer.VisionTransformer, open_clip.modified_resnet.ModifiedResNet
+    if type(model) is not open_clip.CLIP or not isinstance(visual, towers):
+        return False
+    if model.attn_mask is None or getattr(model, "text_pool_type", "argmax") != "argmax":
+        return False
+    if hasattr(visual, "transformer"):
+        usual = (
+            type(visual.transformer.resblocks[0]) is open_clip.transformer.ResidualAttentionBlock
+        )
+        plain = visual.pool_type == "tok" and not visual.final_ln_after_pool
+        return usual and plain and visual.attn_pool is None
+    return True
 
 
 def default_model(cfg):
@@ -362,17 +378,21 @@ class Layout:
     padded to K rows of S places for attention. Made on the host.
 
     token (n,): the place, among K * S, of each token of the list; padded (K * S,): the token of the
-    list at each place, and where none stands the class's EOT; last (K,): each EOT in the list.
+    list at each place, and where none stands the class's EOT; last (K,): each EOT in the list; mask
+    (S, P + S): where a token may look, at all of its prefix and at its class's tokens up to itself.
     """
 
-    def __init__(self, lengths, S, device):
-        """lengths (K,), on the host: how many own tokens each class has, its EOT included."""
+    def __init__(self, lengths, P, S, device):
+        """lengths (K,), on the host: how many own tokens each class has, its EOT included; P: how
+        many tokens of its prefix stand before them."""
         place, after = torch.arange(S), lengths.cumsum(0)
         first, last = (after - lengths)[:, None], (after - 1)[:, None]
         filled = place < lengths[:, None]  # (K, S)
         self.token = to_device(filled.flatten().nonzero()[:, 0], device)
         self.padded = to_device((first + place).minimum(last).flatten(), device)
         self.last = to_device(last[:, 0], device)
+        causal = torch.ones(S, P + S, dtype=torch.bool).tril(P)
+        self.mask = to_device(causal, device)
 
 
 def encode_text(clip, prefix, suffix, eot, group=None, layout=None):
@@ -388,35 +408,36 @@ def encode_text(clip, prefix, suffix, eot, group=None, layout=None):
     layout: what Names has kept, else made of eot.
     """
     (G, P, _), S = prefix.shape, suffix.shape[1]
-    layout = layout or Layout(eot.cpu() + 1 - P, S, clip.device)
+    layout = layout or Layout(eot.cpu() + 1 - P, P, S, clip.device)
     position = clip.positional_embedding
-    mask = torch.ones(S, P + S, dtype=torch.bool, device=clip.device).tril(P)  # True: may attend
     own = (suffix + position[P : P + S]).flatten(0, 1).index_select(0, layout.token)
     with clip.autocast():
         x = torch.cat([(prefix + position[:P]).flatten(0, 1), own])  # (G * P + n, d)
         for block in clip.transformer.resblocks:
-            x = x + block.ls_1(attend(block.attn, block.ln_1(x), G, P, group, layout, mask))
+            x = x + block.ls_1(attend(block.attn, block.ln_1(x), G, P, group, layout))
+            if block is clip.transformer.resblocks[-1]:
+                x = x[G * P :].index_select(0, layout.last)  # (K, d): only the EOTs are read
             x = x + block.ls_2(block.mlp(block.ln_2(x)))
-        last = x[G * P :].index_select(0, layout.last)  # (K, d)
-        return (clip.ln_final(last) @ clip.text_projection).float()
+        return (clip.ln_final(x) @ clip.text_projection).float()
 
 
-def attend(attn, x, G, P, group, layout, mask):
+def attend(attn, x, G, P, group, layout):
     """A block's attention on encode_text's list x (G * P + n, d). Prefixes attend to themselves;
     each class's tokens to its prefix's keys and values and to themselves. Padding stands behind the
-    EOT, so the causal mask (S, P + S) hides it from every token that is read."""
+    EOT, so the causal mask hides it from every token that is read."""
     K = len(layout.last)
     rows = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (G * P + n, 3d)
     prefixes, rows = rows.split([G * P, len(rows) - G * P])
-    q, past_k, past_v = heads(attn, prefixes, G)
+    q, past_k, past_v = heads(attn, prefixes.clone(), G)  # else backward keeps all of rows
     shared = F.scaled_dot_product_attention(q, past_k, past_v, is_causal=True)
     if group is None:
         past_k, past_v = past_k.expand(K, -1, -1, -1), past_v.expand(K, -1, -1, -1)
     else:
         past_k, past_v = past_k.index_select(0, group), past_v.index_select(0, group)
     q, k, v = heads(attn, rows.index_select(0, layout.padded), K)
+    q = q.contiguous()  # else backward keeps all three
     k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)  # (K, heads, P + S, d / heads)
-    own = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    own = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
     shared, own = (t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (shared, own))
     return attn.out_proj(torch.cat([shared, own.index_select(0, layout.token)]))
 
@@ -445,7 +466,7 @@ def encode_image(clip, images, prompts=None, patches=False):
     """
     visual = clip.visual
     with clip.autocast():
-        if not prompts and not patches:
+        if not (prompts or patches or hasattr(visual, "transformer")):  # a ResNet
             return visual(images).float()
         blocks = clip.blocks()
         x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, d)
@@ -500,7 +521,7 @@ class Names:
     def layout(self, P, S):
         """The Layout behind a prefix of P tokens, in rows of S places; made once."""
         if P not in self.layouts:
-            self.layouts[P] = Layout(self.eot + 1 - P, S, self.tail.device)
+            self.layouts[P] = Layout(self.eot + 1 - P, P, S, self.tail.device)
         return self.layouts[P]
 
     def order(self, behind):

@@ -225,7 +225,7 @@ def classifier(cfg, clip, prompt, tasks, target):
     own = target.name in names
     t = names.index(target.name) if own else 0
     specific = cfg.task_context == "specific" or cfg.baseline == "one per task"
-    of_classes = cfg.class_context == "specific"
+    of_classes = cfg.class_context == "specific" and not cfg.baseline
     if (specific and not own) or (of_classes and target.classnames != tasks.sets[t].classnames):
         raise common.Error(f"specific contexts serve their own names, not {target.name}'s")
     title = tasks.titles[t] if own else title_of(target.name)
