@@ -872,8 +872,8 @@ def ahead(pool, function, groups):
 
 
 class Loader:
-    """Batches of the training pictures: decoded once; cropped and mirrored anew for every epoch
-    (CoOp's transforms) by threads. A view depends on (seed, epoch, picture) alone, the order on
+    """Batches of the training pictures: decoded once, while KEPT_BYTES last; cropped and mirrored
+    anew for every epoch (CoOp's transforms) by threads. A view depends on (seed, epoch, picture) alone, the order on
     (seed, epoch), so that an epoch repeats itself after a kill."""
 
     def __init__(self, cfg, clip, data):
@@ -925,7 +925,8 @@ class Optimizer:
     """SGD, momentum .9, weight decay 5e-4, on a cosine with warm-up (Dassl optim/lr_scheduler.py).
 
     After k epochs the rate is 1e-5 while k < warmup, then lr/2 (1 + cos(pi (k - warmup) / epochs)),
-    never 0. groups: parameters, or dicts {"params", "lr", "warmup"}. Where CLIP runs in fp16,
+    never 0; with repeat, k counts the schedule's steps, and the rate can touch 0 and rise again.
+    groups: parameters, or dicts {"params", "lr", "warmup"}. Where CLIP runs in fp16,
     GradScaler scales the loss, and SGD, one fused kernel, skips a step whose gradients overflow,
     without a wait of the host. repeat: steps per gradient and epoch, 1 but for SoftCPT's release.
     """
