@@ -873,8 +873,8 @@ def ahead(pool, function, groups):
 
 class Loader:
     """Batches of the training pictures: decoded once, while KEPT_BYTES last; cropped and mirrored
-    anew for every epoch (CoOp's transforms) by threads. A view depends on (seed, epoch, picture) alone, the order on
-    (seed, epoch), so that an epoch repeats itself after a kill."""
+    anew for every epoch (CoOp's transforms) by threads. A view depends on (seed, epoch, picture)
+    alone, the order on (seed, epoch), so that an epoch repeats itself after a kill."""
 
     def __init__(self, cfg, clip, data):
         """Raises Error where data has no training pictures."""
