@@ -34,7 +34,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -88,15 +87,17 @@ class Config:
     data: str = "data"  # folder of the data sets
     out: str = "runs"  # folder of everything written
     workers: int = 8  # threads that decode and augment images
-    force: bool = False  # delete the run and train anew; with --load, evaluate anew
+    force: bool = False  # delete the run and train anew
 
-    paper_model: ClassVar[str] = "ViT-B-16"  # what --model "" stands for
+    # What --model "" stands for
+    paper_model: ClassVar[str] = "ViT-B-16"
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            least = 1 if field.name in ("batch_size", "workers") else 0
-            if field.type in (int, float) and getattr(self, field.name) < min(least, field.default):
-                raise Error(f"--{field.name} must be at least {least}")
+        for name, value in vars(self).items():
+            least = 1 if name in ("batch_size", "workers") else 0
+            usual = value == getattr(type(self), name)  # such as -1 for the paper's own
+            if isinstance(value, (int, float)) and not usual and not value >= least:
+                raise Error(f"--{name} must be at least {least}")
 
 
 NOT_LEARNED = "transfer load device data out workers force".split()  # not in a run's name
@@ -112,46 +113,62 @@ class Parser(argparse.ArgumentParser):
 def cli(cls, argv=None):
     """The Config class cls, filled from the command line; with --load RUN, by the options that RUN
     was trained with, but for those typed. Raises Error."""
-    lineage = cls.__mro__[-2::-1]  # Config first, cls last
-    source = "".join(inspect.getsource(c) for c in lineage)
-    notes = dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.M))
     parser = Parser(
         description=sys.modules[cls.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not typed stays out of `typed`
     )
-    shared = [field.name for field in dataclasses.fields(Config)]
-    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name in shared):
+    own, shared = comments(cls), comments(Config)
+    fields = cls.__dataclass_fields__
+    for name, note in (own | shared | own).items():  # the method's own options first
+        field = fields[name]
         kind = {"type": field.type}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
             kind = {"choices": get_args(field.type)}
-        note = f"{notes.get(field.name)} [{field.default}]"
-        parser.add_argument(f"--{field.name}", help=note, **kind)
+        parser.add_argument(f"--{name}", help=f"{note} [{field.default}]", **kind)
     typed = vars(parser.parse_args(argv))
+    trained = {}
+    if typed.get("load"):
+        config = read_prompt(typed["load"])[1]["config"]
+        trained = {name: value for name, value in config.items() if name not in NOT_LEARNED}
     try:
-        if typed.get("load"):
-            trained = read_prompt(typed["load"])[1]["config"]
-            known = {field.name for field in dataclasses.fields(cls)} - set(NOT_LEARNED)
-            typed = {name: trained[name] for name in known & set(trained)} | typed
-        return cls(**typed)
-    except (TypeError, LookupError) as problem:
+        return cls(**trained | typed)
+    except TypeError as problem:
         raise Error(f"--load {typed.get('load')}: its options are not ours ({problem})") from None
 
 
+def comments(cls):
+    """{field: the comment behind it} of a dataclass."""
+    return dict(re.findall(r"^ +(\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+
+
 def script(main):
-    """Runs main(). Bad input ends in one printable line on stderr and exit code 2."""
+    """Runs main(). Bad input, a full memory or an interrupt end in one line and exit code 2."""
+    logging.disable()  # the hub's forty lines of retries, which the one line sums up
+    warnings.simplefilter("ignore")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by the shell
     try:
         return main()
     except (Error, OSError) as problem:
         line = str(problem)
-    except torch.OutOfMemoryError:
-        line = "the GPU's memory is full; lower --batch_size, or take a smaller --model"
+    except (RuntimeError, MemoryError) as problem:
+        full = isinstance(problem, (torch.OutOfMemoryError, MemoryError))
+        if not full and "allocate memory" not in str(problem):  # of a CPU
+            raise
+        line = "the memory is full; lower --batch_size, or take a smaller --model"
     except KeyboardInterrupt:
         line = "interrupted; the same command goes on after the last whole epoch"
-    print("error:", "".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
+    say(f"error: {line}", sys.stderr)
     raise SystemExit(2)
+
+
+def say(line, file=None):
+    """Prints one line, whatever a file's name may hold: what cannot be shown is escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    encoding = getattr(file or sys.stdout, "encoding", None) or "ascii"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def method(cfg):
@@ -161,21 +178,22 @@ def method(cfg):
 
 def run_folder(cfg):
     """runs/<method>/<dataset>/<name>: the name holds every option that changes what is learned."""
+    if cfg.load:
+        return Path(cfg.load)
     name = f"{cfg.shots}shots_seed{cfg.seed}"
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if value != field.default and field.name not in (*NOT_LEARNED, "dataset", "shots", "seed"):
             name += f"_{field.name}={value}"
-    place = Path(cfg.out, method(cfg), file_name(cfg.dataset), file_name(name))
-    return Path(cfg.load) if cfg.load else place
+    return Path(cfg.out, method(cfg), file_name(cfg.dataset), file_name(name))
 
 
 def file_name(text):
     """text as a name that every disk takes, a name of its own for every text."""
     name = urllib.parse.quote(text, safe="=, ", errors="surrogatepass")
-    if len(name) > 200 or not name.strip("."):  # too long, or a folder above
-        name = name[:150] + hashlib.sha256(name.encode()).hexdigest()[:16]
-    return name
+    if len(name) < 200 and name.strip("."):  # neither too long nor a folder above
+        return name
+    return name[:150] + hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def seed_of(*numbers):
@@ -217,6 +235,8 @@ class Clip:
         self.device = self.scale.device
         self.image_size = int(np.max(model.visual.image_size))
         colours = torch.tensor([model.visual.image_mean, model.visual.image_std])
+        if colours.shape != (2, 3) or not (colours[1] > 0).all():
+            raise Error(f"image mean and std are {colours.tolist()}, not three numbers each")
         self.mean, self.std = to_device(colours[..., None, None], self.device)
 
     def __getattr__(self, name):
@@ -234,11 +254,13 @@ class Clip:
 
 
 def fingerprint(model):
-    """Hash of a model's weights, layers (its activation among them) and heads."""
-    heads = [getattr(module, "num_heads", 0) for module in model.modules()]
-    total = hashlib.sha256(f"{model} {heads}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    """Hash of a model's weights, kinds of layers (its activation among them) and heads."""
+    layers = [
+        (type(module).__name__, getattr(module, "num_heads", 0)) for module in model.modules()
+    ]
+    total = hashlib.sha256(str(layers).encode())
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode() + tensor.numpy().tobytes())
     return total.hexdigest()[:16]
 
 
@@ -253,37 +275,29 @@ def load_clip(model, pretrained="openai", device="", precision=""):
         return load_clip(cfg.model or default_model(cfg), cfg.pretrained, cfg.device, cfg.precision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or ("amp" if device.startswith("cuda") else "fp32")
-    logging.disable()  # the hub's 40 lines of retries, which the one line below sums up
     try:
-        torch.empty(0, device=device)
-        with torch.random.fork_rng([]), warnings.catch_warnings(action="ignore"):
-            built = build_model(model, pretrained)  # leaves alone the numbers of a prompt's start
-        tokenize = open_clip.get_tokenizer(model)
+        torch.zeros(1, device=device).item()
+        built = build_model(model, pretrained)
+        if not supported(built):
+            raise Error("it is not of open_clip's class CLIP with OpenAI's towers")
+        return Clip(built, open_clip.get_tokenizer(model), device, precision)
     except Exception as problem:  # open_clip, its hub and torch raise many kinds
-        raise Error(f"--model {model}, --device {device}: {problem}") from None
-    finally:
-        logging.disable(logging.NOTSET)
-    if not supported(built):
-        raise Error(f"--model {model} is not of open_clip's class CLIP with OpenAI's towers")
-    return Clip(built, tokenize, device, precision)
+        options = f"--model {model} --pretrained {pretrained} --device {device}"
+        raise Error(f"{options}: {str(problem) or repr(problem)}") from None
 
 
 def supported(model):
     """Whether the towers below compute what the model's own do: OpenAI's ViT or ResNet, read at the
-    class token, and a causal text tower, read at the EOT."""
-    visual = model.visual
+    class token, and a causal text tower, read at the EOT, of open_clip's plain blocks."""
     towers = open_clip.transformer.VisionTransformer, open_clip.modified_resnet.ModifiedResNet
-    if type(model) is not open_clip.CLIP or not isinstance(visual, towers):
+    custom = open_clip.transformer.CustomResidualAttentionBlock
+    if type(model) is not open_clip.CLIP or not isinstance(model.visual, towers):
         return False
-    if model.attn_mask is None or getattr(model, "text_pool_type", "argmax") != "argmax":
+    if model.attn_mask is None or any(isinstance(module, custom) for module in model.modules()):
         return False
-    if hasattr(visual, "transformer"):
-        usual = (
-            type(visual.transformer.resblocks[0]) is open_clip.transformer.ResidualAttentionBlock
-        )
-        plain = visual.pool_type == "tok" and not visual.final_ln_after_pool
-        return usual and plain and visual.attn_pool is None
-    return True
+    text = getattr(model, "text_pool_type", "argmax"), type(model.text_projection)
+    image = getattr(model.visual, "pool_type", "tok"), getattr(model.visual, "attn_pool", None)
+    return text == ("argmax", torch.nn.Parameter) and image == ("tok", None)
 
 
 def default_model(cfg):
@@ -308,69 +322,32 @@ def build_model(name, pretrained):
         return open_clip.create_model(name, require_pretrained=True)
     if name not in open_clip.list_models():
         raise Error("open_clip has no such model; open_clip.list_models() lists them")
-    if Path(pretrained).is_file():
-        weights, from_openai = read_weights(pretrained)
-        model = open_clip.create_model(name, force_quick_gelu=from_openai)
-        model.load_state_dict(weights)
-        quick = any(isinstance(m, open_clip.transformer.QuickGELU) for m in model.modules())
-        print(f"{pretrained}: taken with {'QuickGELU' if quick else 'GELU'}", file=sys.stderr)
-        return model
-    quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-    return open_clip.create_model(name, pretrained or None, force_quick_gelu=quick)
+    if not Path(pretrained).is_file():
+        quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        return open_clip.create_model(name, pretrained or None, force_quick_gelu=quick)
+    weights, from_openai = read_weights(pretrained)
+    model = open_clip.create_model(name, force_quick_gelu=from_openai)
+    model.load_state_dict(weights)
+    activation = type(model.transformer.resblocks[0].mlp.gelu).__name__
+    print(f"{pretrained}: taken with {activation}", file=sys.stderr)
+    return model
 
 
 def read_weights(path):
-    """(state dict, whether OpenAI's) of a file of safetensors, of torch.save (plain, nested in
-    "state_dict", prefixed by "module."), or of TorchScript, which OpenAI's own are. No code in it
-    is run: torch.jit.load would compile the archive's, so its tensors are read past it."""
-    scripted = zipfile.is_zipfile(path) and any(
-        name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
-    )
-    if path.endswith(".safetensors"):
+    """(state dict, whether of TorchScript, as OpenAI's own) of a file of safetensors, of torch.save
+    (plain, nested in "state_dict", prefixed by "module."), or of TorchScript."""
+    files = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    scripted = any(file.endswith("/constants.pkl") for file in files)
+    if scripted:  # torch.jit.load would compile code of the file; this reads its tensors alone
+        weights = importlib.import_module("tests.tools.archive").tensors(path)
+    elif path.endswith(".safetensors"):
         weights = load_file(path)
-    elif scripted:
-        weights = ArchiveReader(path).state_dict()
     else:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     weights = weights.get("state_dict", weights)
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    for name in "input_resolution", "context_length", "vocab_size":  # OpenAI's, no weights
-        weights.pop(name, None)
+    sizes = "input_resolution", "context_length", "vocab_size"  # which OpenAI's files hold too
+    weights = {k.removeprefix("module."): x for k, x in weights.items() if k not in sizes}
     return weights, scripted
-
-
-class ArchiveReader(pickle.Unpickler):
-    """The tensors of a TorchScript archive. Every class that its pickle names becomes an empty
-    Node, which holds the attributes and does nothing."""
-
-    class Node:
-        def __init__(self, *unused):
-            pass
-
-    def __init__(self, path):
-        self.archive = zipfile.ZipFile(path)
-        self.top = self.archive.namelist()[0].split("/")[0]
-        super().__init__(io.BytesIO(self.archive.read(f"{self.top}/data.pkl")))
-
-    def find_class(self, module, name):
-        if name == "_rebuild_tensor_v2":
-            return lambda data, start, size, stride, *unused: data.as_strided(size, stride, start)
-        return getattr(torch, name).dtype if name.endswith("Storage") else self.Node
-
-    def persistent_load(self, saved):
-        _, dtype, key, _, _ = saved  # "storage", dtype, file, device, length
-        content = self.archive.read(f"{self.top}/data/{key}")
-        return torch.frombuffer(bytearray(content), dtype=dtype)
-
-    def state_dict(self, node=None, prefix=""):
-        """{name: tensor}, without the causal masks, which the model makes itself."""
-        found = {}
-        for name, value in vars(node or self.load()).items():
-            if isinstance(value, self.Node):
-                found |= self.state_dict(value, f"{prefix}{name}.")
-            elif isinstance(value, torch.Tensor) and name != "attn_mask":
-                found[prefix + name] = value
-        return found
 
 
 class Layout:
@@ -379,23 +356,25 @@ class Layout:
 
     token (n,): the place, among K * S, of each token of the list; padded (K * S,): the token of the
     list at each place, and where none stands the class's EOT; last (K,): each EOT in the list; mask
-    (S, P + S): where a token may look, at all of its prefix and at its class's tokens up to itself.
+    (S, P + S): where a token may look, at all of its prefix and at its class's tokens up to itself;
+    eot (K,): each EOT's place in its row.
     """
 
-    def __init__(self, lengths, P, S, device):
+    def __init__(self, lengths, P, device):
         """lengths (K,), on the host: how many own tokens each class has, its EOT included; P: how
         many tokens of its prefix stand before them."""
-        place, after = torch.arange(S), lengths.cumsum(0)
+        self.lengths, self.P, self.S = lengths, P, int(lengths.max())
+        place, after = torch.arange(self.S), lengths.cumsum(0)
         first, last = (after - lengths)[:, None], (after - 1)[:, None]
         filled = place < lengths[:, None]  # (K, S)
         self.token = to_device(filled.flatten().nonzero()[:, 0], device)
         self.padded = to_device((first + place).minimum(last).flatten(), device)
-        self.last = to_device(last[:, 0], device)
-        causal = torch.ones(S, P + S, dtype=torch.bool).tril(P)
+        self.last, self.eot = to_device(last[:, 0], device), to_device(lengths - 1, device)
+        causal = torch.ones(self.S, P + self.S, dtype=torch.bool).tril(P)
         self.mask = to_device(causal, device)
 
 
-def encode_text(clip, prefix, suffix, eot, group=None, layout=None):
+def encode_text(clip, prefix, suffix, layout, group=None):
     """(K, D) fp32 features of the sequences prefix[group[k]] + suffix[k], read at their EOT.
 
     Equals clip.encode_text of the same tokens, for less work, because the tower is causal: a prefix
@@ -403,12 +382,10 @@ def encode_text(clip, prefix, suffix, eot, group=None, layout=None):
     reaches it, so a class's own tokens end there. Linear layers and norms see one list without
     padding: the G * P prefix tokens, then the n own tokens of all classes.
 
-    prefix (G, P, d) and suffix (K, S, d): token embeddings, positions not yet added; eot (K,):
-    place of the EOT in the whole; group (K,): each class's prefix, None where there is one for all;
-    layout: what Names has kept, else made of eot.
+    prefix (G, P, d) and suffix (K, S, d): token embeddings, positions not yet added; layout: where
+    the suffixes' tokens stand; group (K,): each class's prefix, unread where there is one for all.
     """
     (G, P, _), S = prefix.shape, suffix.shape[1]
-    layout = layout or Layout(eot.cpu() + 1 - P, P, S, clip.device)
     position = clip.positional_embedding
     own = (suffix + position[P : P + S]).flatten(0, 1).index_select(0, layout.token)
     with clip.autocast():
@@ -430,7 +407,7 @@ def attend(attn, x, G, P, group, layout):
     prefixes, rows = rows.split([G * P, len(rows) - G * P])
     q, past_k, past_v = heads(attn, prefixes.clone(), G)  # else backward keeps all of rows
     shared = F.scaled_dot_product_attention(q, past_k, past_v, is_causal=True)
-    if group is None:
+    if G == 1:
         past_k, past_v = past_k.expand(K, -1, -1, -1), past_v.expand(K, -1, -1, -1)
     else:
         past_k, past_v = past_k.index_select(0, group), past_v.index_select(0, group)
@@ -497,77 +474,40 @@ def unit_features(clip, images):
 # ------------------------------------------------------------------------------- 3 Prompts
 
 
-@dataclasses.dataclass
-class Names:
-    """The tokens around a context in "[SOS] V ... V <name>." [EOT], for K class names.
-
-    sos (1, 1, d), tail (K, S, d) from the name on: embeddings, on the device. eot (K,): place of
-    the EOT in the whole, length (K,): tokens of the name, in the template "{}.", on the host.
-    layouts, orders: those made so far.
-    """
+class Names(NamedTuple):
+    """K class names as tokens around a context, [SOS] V ... V <name>. [EOT]: sos (1, 1, d) and tail
+    (K, S, d), from the name on, are embeddings; layout says where the tail's tokens stand."""
 
     sos: torch.Tensor
     tail: torch.Tensor
-    eot: torch.Tensor
-    length: torch.Tensor
-    layouts: dict = dataclasses.field(default_factory=dict)
-    orders: dict = dataclasses.field(default_factory=dict)
+    layout: Layout
 
     def select(self, columns):
         """The Names of some classes; columns: their indices, on the host."""
+        layout = Layout(self.layout.lengths[columns], self.layout.P, self.tail.device)
         tail = self.tail.index_select(0, to_device(columns, self.tail.device))
-        return Names(self.sos, tail, self.eot[columns], self.length[columns])
-
-    def layout(self, P, S):
-        """The Layout behind a prefix of P tokens, in rows of S places; made once."""
-        if P not in self.layouts:
-            self.layouts[P] = Layout(self.eot + 1 - P, P, S, self.tail.device)
-        return self.layouts[P]
-
-    def order(self, behind):
-        """Index (K, behind + S, 1) that turns the first tokens left, so that `behind` vectors from
-        before a name come to stand after it; made once."""
-        if behind not in self.orders:
-            place = torch.arange(behind + self.tail.shape[1])
-            end = self.length[:, None] + behind  # of what turns; the rest stays
-            order = torch.where(place < end, (place + behind) % end, place)
-            self.orders[behind] = to_device(order[..., None], self.tail.device)
-        return self.orders[behind]
+        return Names(self.sos, tail[:, : layout.S], layout)
 
 
 def embed_names(clip, names, n_ctx, template="{}."):
-    """The Names of class names in a template, with room for n_ctx context vectors before it.
+    """The Names of class names in a template, which stands behind n_ctx context vectors.
     Raises Error for a name that is too long for the text tower."""
-    texts = []
-    for name in names:
-        texts.append("X " * n_ctx + template.format(name.replace("_", " ")))
-        if len(clip.tokenize.encode(texts[-1])) + 2 > clip.context_length:
+    texts = ["X " * n_ctx + template.format(name.replace("_", " ")) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if len(clip.tokenize.encode(text)) + 2 > clip.context_length:
             raise Error(f"class name {name[:60]!r} is too long for {clip.context_length} tokens")
     ids = clip.tokenize(texts)  # (K, 77); the EOT has the largest id
-    eot = ids.argmax(1)
-    x = clip.token_embedding(to_device(ids[:, : eot.max() + 1].contiguous(), clip.device))
-    # The name is all but [SOS], context, "." and EOT. It is counted in the sentence, because a "."
-    # may merge with its end.
-    return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, eot - n_ctx - 2)
+    layout = Layout(ids.argmax(1) - n_ctx, 1 + n_ctx, clip.device)
+    ids = ids[:, : layout.P + layout.S].contiguous()
+    x = clip.token_embedding(to_device(ids, clip.device))
+    return Names(x[:1, :1], x[:, layout.P :], layout)
 
 
-def encode_prompts(clip, names, ctx, group=None, position="end"):
-    """(K, D) features of the prompts [SOS] V <name>. [EOT] (official trainers/coop.py).
-
-    names: with room for M vectors; ctx (G, M, d): contexts; group (K,): each class's, which may
-    be None where there is one; position of the name: "end" of V, "front" of it, or its "middle".
-    """
-    M, suffix = ctx.shape[1], names.tail
-    group = None if len(ctx) == 1 else group  # one context serves all
-    behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
-    before, after = ctx[:, : M - behind], ctx[:, M - behind :]
-    prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), before], 1)
-    if behind:
-        after = after.expand(len(suffix), -1, -1) if group is None else after.index_select(0, group)
-        suffix = torch.cat([after, suffix], 1)  # V V NAME NAME . EOT
-        suffix = suffix.take_along_dim(names.order(behind), 1)  # NAME NAME V V . EOT
-    layout = names.layout(prefix.shape[1], suffix.shape[1])
-    return encode_text(clip, prefix, suffix, names.eot, group, layout)
+def encode_prompts(clip, names, ctx, group=None):
+    """(K, D) features of the prompts [SOS] V <name>. [EOT] (official trainers/coop.py). ctx
+    (G, M, d): the contexts V, for names with room for M; group (K,): each class's."""
+    prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx], 1)
+    return encode_text(clip, prefix, names.tail, names.layout, group)
 
 
 @torch.no_grad()
@@ -649,8 +589,10 @@ def load_dataset(name, root="data"):
     if name in tasks:
         data = from_class_folders(name, world.write(Path(root), name))
         return data._replace(template=tasks[name].template, crop=world.CROP)
-    if name and Path(name).is_dir():
+    if name and Path(name, "train").is_dir():
         return from_class_folders(name, Path(name))
+    if name and Path(name).is_dir():
+        return divided(from_class_folders(name, Path(name), (".", "-", ".")))
     known = [*BENCHMARKS, *tasks]
     near = difflib.get_close_matches(name, known, 4, 0.4) or known
     raise Error(f"no data set or folder {name!r}; there is {', '.join(near)}")
@@ -659,30 +601,33 @@ def load_dataset(name, root="data"):
 def from_benchmark(name, root):
     """A benchmark, by the reader of its format."""
     folder, images, split, template = BENCHMARKS[name]
-    folder = root / folder
-    images = folder / images
+    folder, images = root / folder, root / folder / images
     try:
         if not images.is_dir():
             raise OSError(f"no folder {images}")
         if split:
-            parts = from_split_file(folder / f"split_zhou_{split}.json", images)
+            data = from_split_file(name, folder / f"split_zhou_{split}.json", images)
         elif name == "fgvc_aircraft":
-            parts = from_aircraft_lists(folder, images)
+            data = from_aircraft_lists(name, folder, images)
         else:
-            parts = from_wordnet_folders(name, images)
-    except (OSError, ValueError, TypeError, LookupError) as problem:
+            data = from_wordnet_folders(name, images)
+    except Error:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as problem:
         raise Error(f"{name}: {problem}; python common.py download {name} gets it") from None
-    return checked(name, parts, folder)._replace(template=template)
+    return data._replace(template=template)
 
 
-def from_split_file(split, images):
+def from_split_file(name, split, images):
     """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": ..., "test": ...}: paths below
     the folder images, labels, class names."""
     lists = json.loads(split.read_text("utf-8"))
-    return [[(f"{images}/{path}", int(y), str(c)) for path, y, c in lists[part]] for part in PARTS]
+    parts = [[(f"{images}/{path}", int(y), str(c)) for path, y, c in lists[part]] for part in PARTS]
+    names = {y: c for items in parts for _, y, c in items}
+    return checked(name, parts, [names[y] for y in sorted(names)])
 
 
-def from_aircraft_lists(folder, images):
+def from_aircraft_lists(name, folder, images):
     """variants.txt: the classes in order; images_variant_{train,val,test}.txt: lines as
     "1025794 707-320", an image and its variant."""
     variants = (folder / "variants.txt").read_text("utf-8").splitlines()
@@ -691,52 +636,63 @@ def from_aircraft_lists(folder, images):
         lines = (folder / f"images_variant_{part}.txt").read_text("utf-8").splitlines()
         pairs = [line.split(" ", 1) for line in lines]
         parts.append([(f"{images}/{i}.jpg", variants.index(v), v) for i, v in pairs])
-    return parts
+    return checked(name, parts, variants)
 
 
 def from_wordnet_folders(name, images):
     """ImageNet: train/ and val/ of folders n01440764/ ...; its variants: such folders alone, of
-    ImageNetV2 0/ ... 999/. Labels count the folders present. Files are sorted: CoOp's listing was
-    not, so that its picks depended on the file system."""
-    keys = [*map(str, range(1000))] if name == "imagenetv2" else ImageNetInfo().label_names()
+    ImageNetV2 0/ ... 999/. Labels count the folders present."""
+    keys = map(str, range(1000)) if name == "imagenetv2" else ImageNetInfo().label_names()
     titles = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
-    test = images / "val" if name == "imagenet" else images
-    present = [key for key in keys if (test / key).is_dir()]
-    train = class_items(images / "train", present, titles) if name == "imagenet" else []
-    return train, [], class_items(test, present, titles)
+    parts = ("train", "-", "val") if name == "imagenet" else ("-", "-", ".")
+    return from_class_folders(name, images, parts, titles)
 
 
-def from_class_folders(name, folder):
-    """train/, test/ and, if you like, val/ of class folders; or class folders alone, which are
-    split 50/20/30 per class, always alike."""
-    if (folder / "train").is_dir():
-        names = sorted({c for part in PARTS for c in listed(folder / part, Path.is_dir)})
-        return checked(name, [class_items(folder / part, names) for part in PARTS], folder, names)
-    train, val, test = [], [], []
-    names = listed(folder, Path.is_dir)
-    for group in by_class(class_items(folder, names)):
-        random.Random(0).shuffle(group)
-        half, most = round(0.5 * len(group)), round(0.7 * len(group))
-        train += group[:half]
-        val += group[half:most]
-        test += group[most:]
-    return checked(name, [train, val, test], folder, names)
-
-
-def class_items(folder, keys, titles=None):
-    """The items of class folders, labelled in the order of keys; titles: {folder: class name}."""
-    items = []
-    for label, key in enumerate(keys):
-        title = titles[key] if titles else key
-        files = listed(folder / key, lambda path: path.suffix.lower() in IMAGES)
-        items += [(f"{folder}/{key}/{file}", label, title) for file in files]
-    return items
+def from_class_folders(name, folder, parts=PARTS, titles=None):
+    """Folders train/, test/ and, if you like, val/, or those called as parts says, each of class
+    folders. titles: {class folder: class name}, in order; by default the folders' names, sorted.
+    Files are sorted: CoOp's listing was not, so that its picks depended on the file system."""
+    found = sorted({key for part in parts for key in listed(folder / part, Path.is_dir)})
+    titles = titles or {key: key for key in found}
+    keys = [key for key in titles if key in found]
+    lists = []
+    for part in parts:
+        items = []
+        for label, key in enumerate(keys):
+            files = listed(folder / part / key, lambda path: path.suffix.lower() in IMAGES)
+            items += [(f"{folder / part / key}/{file}", label, titles[key]) for file in files]
+        lists.append(items)
+    return checked(name, lists, [titles[key] for key in keys])
 
 
 def listed(folder, wanted):
     """Sorted names of what is wanted(path) in a folder, hidden ones left out."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     return [name for name in names if not name.startswith(".") and wanted(folder / name)]
+
+
+def checked(name, parts, classnames):
+    """The Dataset of the lists train, val and test. Raises Error for a class without images."""
+    train, val, test = parts
+    for kind, items in ("training", train or test), ("test", test):
+        labels = {label for _, label, _ in items}
+        missing = sorted(set(range(max(2, len(classnames)))) - labels)
+        if missing:
+            c = [*classnames, missing[0]][missing[0]]
+            raise Error(f"{name}: class {c!r}, of at least two, has no {kind} image")
+    return Dataset(name, train, val, test, classnames)
+
+
+def divided(data):
+    """The Dataset of class folders alone: 50, 20 and 30 % of each class's images, always alike."""
+    train, val, test = [], [], []
+    for group in by_class(data.test):
+        random.Random(0).shuffle(group)
+        half, most = round(0.5 * len(group)), round(0.7 * len(group))
+        train += group[:half]
+        val += group[half:most]
+        test += group[most:]
+    return checked(data.name, (train, val, test), data.classnames)
 
 
 def by_class(items):
@@ -747,27 +703,13 @@ def by_class(items):
     return list(groups.values())
 
 
-def checked(name, parts, source, titles=()):
-    """The Dataset of lists train, val, test; titles: all classes, where the lists might lack one.
-    Raises Error for a class without images."""
-    train, val, test = parts
-    names = dict(enumerate(titles)) or {label: c for _, label, c in [*test, *val, *train]}
-    for kind, items in ("training", train or test), ("test", test):
-        missing = set(range(max(2, len(names)))) - {label for _, label, _ in items}
-        if missing:
-            c = names.get(min(missing), min(missing))
-            raise Error(f"{source}: class {c!r}, of at least two, has no {kind} image")
-    return Dataset(name, train, val, test, [names[label] for label in range(len(names))])
-
-
 def sample_few_shot(dataset, shots, seed):
     """CoOp's few-shot picks (Dassl data/datasets/base_dataset.py): from train, then from val (at
     most 4 a class), by one stream of random numbers. All of a class that has too few, and of every
     class for 0 shots. The test set is never sampled."""
     stream = random.Random(seed)
-    picks = {}
+    picks = {"train": [], "val": []}
     for part, k in ("train", shots), ("val", min(shots, 4)):
-        picks[part] = []
         for group in by_class(getattr(dataset, part)):
             picks[part] += stream.sample(group, k) if 0 < k <= len(group) else group
     return dataset._replace(**picks)
@@ -776,14 +718,13 @@ def sample_few_shot(dataset, shots, seed):
 def subset_classes(dataset, half):
     """The "base" (first, larger) or "new" half of the classes, relabelled from 0 (CoOp
     datasets/oxford_pets.py, subsample_classes)."""
-    names = dataset.classnames
-    middle = math.ceil(len(names) / 2)
-    start, end = (0, middle) if half == "base" else (middle, len(names))
+    K = len(dataset.classnames)
+    kept = range(math.ceil(K / 2)) if half == "base" else range(math.ceil(K / 2), K)
     parts = {}
     for part in PARTS:
         items = getattr(dataset, part)
-        parts[part] = [(picture, y - start, c) for picture, y, c in items if start <= y < end]
-    return dataset._replace(classnames=names[start:end], **parts)
+        parts[part] = [(picture, y - kept.start, c) for picture, y, c in items if y in kept]
+    return dataset._replace(classnames=dataset.classnames[kept.start : kept.stop], **parts)
 
 
 # ------------------------------------------------------------------------------ 5 Pictures
@@ -795,58 +736,57 @@ AHEAD = 2  # batches on which threads work before they are asked for
 
 
 def decode(picture):
-    """(3, H, W) uint8 RGB of an image file, as PIL reads it; a tensor passes. Raises Error."""
+    """The RGB PIL image of a file, or of a uint8 tensor (3, H, W). Raises Error."""
     if isinstance(picture, torch.Tensor):
         if picture.dtype != torch.uint8 or picture.dim() != 3 or len(picture) != 3:
             kind = f"{picture.dtype} {tuple(picture.shape)}"
             raise Error(f"a picture is a path or a uint8 tensor (3, H, W), not {kind}")
-        return picture
+        return vision.to_pil_image(picture)
     try:
-        with Image.open(picture) as image:
+        with Image.open(regular(picture)) as image:
             if image.mode.startswith("I"):  # 16 bit, which convert() would clip to white
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return vision.pil_to_tensor(image.convert("RGB"))
+            return image.convert("RGB")
     except Exception as problem:  # PIL raises many kinds
         raise Error(f"cannot read image {picture}: {problem}") from None
 
 
-def views(clip, pictures, boxes=None, mirror=None):
-    """(B, 3, side, side) normalised views of uint8 pictures, resized as by PIL: of boxes (top,
-    left, height, width), mirrored where mirror says; without boxes the centred test views."""
-    side, B = clip.image_size, len(pictures)
-    cuts = zip(pictures, boxes or [None] * B, mirror or [False] * B, strict=True)
-    return normalised(clip, [view(picture, side, box, flip) for picture, box, flip in cuts])
+def regular(path):
+    """The Path of a regular file; a pipe, say, would be waited for. Raises OSError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    return Path(path)
 
 
-def view(picture, side, box=None, flip=False):
-    """uint8 (3, side, side), by PIL: the box resized, mirrored or not; without a box the central
-    square of the picture with its shorter edge resized."""
-    image = vision.to_pil_image(picture)
-    if box is None:
-        image = vision.center_crop(vision.resize(image, [side], BICUBIC), [side])
-    else:
-        image = vision.resized_crop(image, *box, [side, side], BICUBIC)
-    square = vision.pil_to_tensor(image)
-    return square.flip(-1) if flip else square
+def views(clip, pictures):
+    """(B, 3, side, side) normalised test views of paths or tensors."""
+    return normalised(clip, [test_view(decode(picture), clip.image_size) for picture in pictures])
 
 
-def random_box(height, width, crop, generator):
-    """(top, left, height, width) of a random share of the area, within crop, at an aspect ratio
-    within 3/4 and 4/3: torchvision's RandomResizedCrop, number by number, which takes its numbers
-    from one global generator, as threads must not."""
+def test_view(image, side):
+    """(3, side, side) uint8: the shorter edge resized to side, then the centre cropped."""
+    width, height = image.size  # of a very long one, too large when resized, the ends go first
+    image = vision.center_crop(image, [min(height, 9 * width), min(width, 9 * height)])
+    return vision.pil_to_tensor(vision.center_crop(vision.resize(image, [side], BICUBIC), [side]))
 
-    def uniform(low, high):
-        return torch.empty(()).uniform_(low, high, generator=generator).item()
 
+def train_view(image, side, crop, numbers):
+    """(3, side, side) uint8: a box of a random share of the area, within crop, and of an aspect
+    ratio within 3/4 and 4/3, resized, and mirrored half the time: torchvision's RandomResizedCrop
+    and flip, which take their numbers from a global generator, as threads must not."""
+    width, height = image.size
     for _ in range(10):
-        area = height * width * uniform(*crop)
-        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = width * height * numbers.uniform(*crop)
+        ratio = (4 / 3) ** numbers.uniform(-1, 1)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(height - h + 1, (), generator=generator).item()
-            return top, torch.randint(width - w + 1, (), generator=generator).item(), h, w
-    h, w = min(height, round(width / (3 / 4))), min(width, round(height * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w  # of a very long picture the centre
+            left, top = numbers.randint(0, width - w), numbers.randint(0, height - h)
+            break
+    else:  # of a very long picture the centre
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    view = vision.pil_to_tensor(vision.resized_crop(image, top, left, h, w, [side, side], BICUBIC))
+    return view.flip(-1) if numbers.random() < 0.5 else view
 
 
 def normalised(clip, views):
@@ -859,16 +799,24 @@ def to_device(x, device):
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def ahead(pool, function, groups):
-    """Yields [function(item) for item in group] of each group, on which the threads of pool work
-    before it is asked for."""
-    pending = deque()
-    for group in groups:
-        pending.append([pool.submit(function, item) for item in group])
+def ahead(workers, function, batches):
+    """Yields [function(item) for item in batch] of each batch, on which threads work before it is
+    asked for."""
+    pool, pending = ThreadPoolExecutor(workers), deque()
+    for batch in [*batches, *[[]] * AHEAD]:
+        pending.append(pool.map(function, batch))
         if len(pending) > AHEAD:
-            yield [future.result() for future in pending.popleft()]
-    for futures in pending:
-        yield [future.result() for future in futures]
+            yield list(pending.popleft())
+
+
+def labels_of(data, items):
+    """(n,) labels of some items of data, on the host. Raises Error."""
+    labels = torch.tensor([label for _, label, _ in items])
+    if not items:
+        raise Error(f"{data.name} has no images for this: train on another set, and --transfer")
+    if labels.min() < 0 or labels.max() >= len(data.classnames):
+        raise Error(f"{data.name}: labels must count its class names, from 0")
+    return labels
 
 
 class Loader:
@@ -877,45 +825,33 @@ class Loader:
     alone, the order on (seed, epoch), so that an epoch repeats itself after a kill."""
 
     def __init__(self, cfg, clip, data):
-        """Raises Error where data has no training pictures."""
-        if not data.train:
-            raise Error(f"{data.name} has no training images; evaluate on it with --transfer")
-        self.clip, self.data, self.seed, self.batch_size = clip, data, cfg.seed, cfg.batch_size
-        self.labels = torch.tensor([label for _, label, _ in data.train])
-        self.pool, self.kept, self.room = ThreadPoolExecutor(cfg.workers), {}, KEPT_BYTES
+        """Raises Error where data has no training pictures, or labels beyond its class names."""
+        self.cfg, self.clip, self.data, self.kept, self.room = cfg, clip, data, {}, KEPT_BYTES
+        self.labels = labels_of(data, data.train)
 
     def order(self, epoch):
         """The epoch's batches, as lists of picture numbers. As in Dassl, a last batch that is not
         full is dropped, unless it is the only one."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, epoch))
         order = torch.randperm(len(self.labels), generator=generator)
-        batches = [batch.tolist() for batch in order.split(self.batch_size)]
+        batches = [batch.tolist() for batch in order.split(self.cfg.batch_size)]
         return [batch for batch in batches if len(batch) == len(batches[0])]
 
     def epoch(self, epoch):
         """Yields images (B, 3, side, side) and labels (B,), on the device."""
         batches = self.order(epoch)
-        augmented = ahead(self.pool, lambda i: self.view(epoch, i), batches)
+        augmented = ahead(self.cfg.workers, lambda i: self.view(epoch, i), batches)
         for batch, views in zip(batches, augmented, strict=True):
             yield normalised(self.clip, views), to_device(self.labels[batch], self.clip.device)
 
     def view(self, epoch, i):
         """Picture i as this epoch shows it, uint8 (3, side, side)."""
-        picture = self.picture(i)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, i))
-        box = random_box(*picture.shape[1:], self.data.crop, generator)
-        flip = torch.rand((), generator=generator) < 0.5
-        return view(picture, self.clip.image_size, box, flip)
-
-    def picture(self, i):
-        """Picture i, decoded; kept for the next epoch while there is room."""
-        if i in self.kept:
-            return self.kept[i]
-        picture = decode(self.data.train[i][0])
-        self.room -= picture.numel()
-        if self.room > 0:
-            self.kept[i] = picture
-        return picture
+        image = self.kept.get(i) or decode(self.data.train[i][0])
+        if i not in self.kept and self.room > 0:
+            self.kept[i] = image
+            self.room -= 4 * image.width * image.height  # bytes, in PIL
+        numbers = random.Random(seed_of(self.cfg.seed, epoch, i))
+        return train_view(image, self.clip.image_size, self.data.crop, numbers)
 
 
 # ------------------------------------------------------------------------------ 6 Training
@@ -934,7 +870,12 @@ class Optimizer:
     def __init__(self, cfg, clip, groups, epochs, repeat=1):
         self.epochs, self.repeat, self.losses = epochs, repeat, []
         self.sgd = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=5e-4, fused=True)
+        learned = [p for group in self.sgd.param_groups for p in group["params"] if p.numel()]
+        if not learned:
+            raise Error("these options leave nothing to learn; --help lists them")
         self.scaler = torch.amp.GradScaler(clip.device.type, enabled=clip.half is torch.float16)
+        if repeat > 1 and self.scaler.is_enabled():
+            raise Error("repeated steps are not scaled: they need --precision fp32")
         for group in self.sgd.param_groups:  # kept with SGD's own state
             group.update(top=group["lr"], k=0, warmup=group.get("warmup", 1))
             for p in group["params"]:  # else undefined where the first step is skipped
@@ -955,21 +896,18 @@ class Optimizer:
         self.sgd.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.sgd)
-        self.scaler.step(self.sgd)
+        for _ in range(self.repeat):
+            self.scaler.step(self.sgd)
         self.scaler.update()
-        for _ in range(self.repeat - 1):
-            for p in self.sgd.param_groups[0]["params"]:
-                p.grad.nan_to_num_(0, 0, 0)  # where fp16 has overflowed
-            self.sgd.step()
 
     def end_epoch(self):
-        """Sets the next rates; returns the mean loss, for which alone the host waits. Raises
-        Error if it is not finite, in fp16 once the loss's scale cannot be lowered any more."""
+        """Sets the next rates; returns the mean loss, for which the host waits. Raises Error if it
+        is not finite, or if gradients overflow even unscaled."""
         self.schedule(self.repeat)
         loss = torch.stack(self.losses).mean().item()
         self.losses.clear()
-        if not math.isfinite(loss) and self.scaler.get_scale() <= 1:
-            raise Error(f"the loss is {loss}: lower --lr, or try --precision fp32")
+        if not math.isfinite(loss) or self.scaler.get_scale() < 1:  # 1 where nothing is scaled
+            raise Error(f"training diverged (loss {loss}): lower --lr, or try --precision fp32")
         return loss
 
     def state_dict(self):
@@ -994,61 +932,61 @@ def resumed(cfg, clip, data, prompt, optimizer):
     final, part = folder / "prompt.safetensors", folder / "checkpoint.pt"
     about = {
         "method": method(cfg),
-        "fingerprint": clip.fingerprint,
-        "pictures": digest([item for d in sets for item in d.train]),
+        "CLIP": clip.fingerprint,
+        "training set": digest([item for d in sets for item in d.train]),
         "classnames": {d.name: d.classnames for d in sets},
-        "templates": {d.name: d.template for d in sets},
         "config": vars(cfg),
+        "train_seconds": 0.0,
     }
-    if cfg.force and not cfg.load:
-        shutil.rmtree(folder, ignore_errors=True)
+    if cfg.force and not cfg.load and folder.exists():
+        shutil.rmtree(folder)
+    kept = None
+    with contextlib.suppress(FileNotFoundError):  # read first: who ends a run deletes it last
+        kept = part.read_bytes()
     if cfg.load or final.exists():
         tensors, saved = read_prompt(folder)
-        restore(folder, saved, about, prompt, tensors)
+        restore(folder, prompt, tensors, saved, about)
         return
-    state = {"epoch": 0, "seconds": 0.0, "about": json.dumps(about)}
-    if part.exists():
-        state = read_checkpoint(part)
-        restore(folder, json.loads(state["about"]), about, prompt, state["prompt"])
-        optimizer.load_state_dict(state["optimizer"])
+    first = 0
+    if kept is not None:
+        first, about["train_seconds"] = read_checkpoint(part, kept, prompt, optimizer, about)
     write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
-    bar = tqdm(range(state["epoch"], optimizer.epochs), str(folder), initial=state["epoch"])
+    epochs = range(first, optimizer.epochs)
+    bar = tqdm(epochs, str(folder), optimizer.epochs, initial=first)
     for epoch in bar:
         torch.manual_seed(seed_of(cfg.seed, epoch))  # for dropout
         start = time.time()
         yield epoch
         bar.set_postfix(loss=optimizer.end_epoch())
-        state.update(prompt=prompt.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch + 1)
-        state["seconds"] += time.time() - start
+        about["train_seconds"] += time.time() - start
+        state = {"epoch": epoch + 1, "about": about, "prompt": prompt.state_dict()}
         content = io.BytesIO()
-        torch.save(state, content)
+        torch.save(state | {"optimizer": optimizer.state_dict()}, content)
         write(part, content.getvalue())
-    about["train_seconds"] = state["seconds"]
-    tensors = {name: tensor.cpu() for name, tensor in prompt.state_dict().items()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise Error(f"the last step of {folder} diverged: lower --lr, and --force")
-    write(final, save(tensors, {"about": json.dumps(about)}))
+    write(final, save(prompt.state_dict(), {"about": json.dumps(about)}))
     part.unlink(missing_ok=True)
 
 
-def read_checkpoint(path):
-    """What resumed kept of a run that is not finished. Raises Error."""
+def read_checkpoint(path, kept, prompt, optimizer, about):
+    """Loads an unfinished run's checkpoint, the bytes kept at path; returns its (epochs, seconds).
+    Raises Error."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
+        restore(path.parent, prompt, state["prompt"], state["about"], about)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["epoch"]), float(state["about"]["train_seconds"])
+    except Error:
+        raise
     except Exception as problem:  # torch raises many kinds
         raise Error(f"{path} is damaged ({problem}); delete it, or --force trains anew") from None
 
 
-def restore(folder, saved, about, prompt, tensors):
+def restore(folder, prompt, tensors, saved, about):
     """Loads tensors into prompt. Raises Error where they belong to another method, CLIP or training
     set, or do not fit."""
-    for key, what in {
-        "method": "by another method",
-        "fingerprint": "with another CLIP (--model, --pretrained)",
-        "pictures": "on other pictures, labels or class names",
-    }.items():
+    for key in "method", "CLIP", "training set":
         if saved[key] != about[key]:
-            raise Error(f"{folder} was trained {what}; --force trains anew")
+            raise Error(f"{folder} was trained with another {key}; --force trains anew")
     try:
         prompt.load_state_dict(tensors)
     except RuntimeError as problem:
@@ -1062,10 +1000,12 @@ def read_prompt(folder):
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
         tensors = load_file(path)
-        if not all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors.values()):
-            raise Error("its tensors are not finite fp32 numbers")
-        if not {"method", "fingerprint", "pictures", "train_seconds"} <= about.keys():
+        if not {"method", "CLIP", "training set", "train_seconds"} <= about.keys():
             raise Error("it does not tell what it was trained on")
+        if not all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors.values()):
+            raise Error("its tensors are not finite fp32 numbers; --force trains anew")
+        about["config"].items()
+        about["train_seconds"] = float(about["train_seconds"])
         return tensors, about
     except Exception as problem:  # safetensors raises kinds of its own
         raise Error(f"{path} is no prompt of a finished run: {problem}") from None
@@ -1075,126 +1015,124 @@ def digest(items):
     """Hash of the items' pictures (of every byte), labels and class names, in order."""
     total = hashlib.sha256()
     for picture, *label in items:
-        is_tensor = isinstance(picture, torch.Tensor)
-        content = picture.numpy().tobytes() if is_tensor else Path(picture).read_bytes()
+        if isinstance(picture, torch.Tensor):
+            content = picture.numpy().tobytes()
+        else:
+            content = regular(picture).read_bytes()
         total.update(f"{len(content)} {label}".encode() + content)
     return total.hexdigest()[:32]
 
 
 # ---------------------------------------------------------------------------- 7 Evaluation
 
-OVERALL = "accuracy", "zero_shot"  # keys of a row: of the classifier, of zero-shot CLIP
-MEAN_CLASS = "mean_class_accuracy", "zero_shot_mean_class"
-
 
 def evaluate(cfg, clip, data, classifier, per_class=()):
     """Evaluates on the test set of every label set asked for, records it in results.json, prints
-    the result and returns the accuracy in percent: the mean over the tasks, if halved of "base".
+    the result and returns the accuracy in percent: the mean over the tasks, with --classes base of
+    the base half.
 
     data: the Dataset trained on, or a list of them. classifier(dataset) returns unit text features
     w (K, D), where the features f (B, D) of CLIP's own image tower decide; where they do not, a
     function of normalised images (B, 3, H, W) and f that gives logits (B, K).
-    per_class: names of the tasks that count by the mean over their classes' accuracies.
+    per_class: names of the data sets that count by the mean over their classes' accuracies.
     """
-    tasks = data if isinstance(data, list) else [data]
-    targets = [(task, cfg.classes) for task in tasks]
-    targets += [(task.new, "new") for task in tasks if task.new]
-    scores = defaultdict(list)  # of each half: (accuracy, zero-shot) per task
-    for target, half in targets:
-        row = recorded(cfg, clip, target, half, classifier)
-        keys = MEAN_CLASS if target.name in per_class else OVERALL
-        scores[half].append([row[key] for key in keys])
-    for name in filter(None, cfg.transfer.split(",")):
-        row = recorded(cfg, clip, load_dataset(name, cfg.data), "all", classifier)
-        print(f"  on {name}: {row['accuracy']:.2f} (zero-shot {row['zero_shot']:.2f})")
-    means = np.array([np.mean(pairs, 0) for pairs in scores.values()])  # (1 or 2 halves, 2)
-    ours, zero_shot, seconds = summary(means[:, 0]), summary(means[:, 1]), row["train_seconds"]
-    print(f"in {run_folder(cfg)}")
-    result = f"{ours} (zero-shot {zero_shot}), {seconds:.0f} s"
-    print(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}", flush=True)
-    return float(means[0, 0])
+    sets, rows = data if isinstance(data, list) else [data], []
+
+    def mean(targets, half):
+        """(accuracy, zero-shot CLIP's) over the targets."""
+        pairs = []
+        for target in targets:
+            rows.append(record(cfg, clip, target, half, classifier))
+            kind = "mean_class_" if target.name in per_class else ""
+            pairs.append([rows[-1][kind + "accuracy"], rows[-1][kind + "zero_shot"]])
+        return np.mean(pairs, 0)
+
+    scores = mean(sets, cfg.classes)
+    ours, zero_shot = (f"{score:.2f}" for score in scores)
+    if cfg.classes == "base":
+        new = mean([d.new for d in sets], "new")
+        harmonic = 2 * scores * new / np.maximum(scores + new, 1e-9)
+        three = zip(scores, new, harmonic, strict=True)
+        ours, zero_shot = (f"base {b:.2f}, new {n:.2f}, H {h:.2f}" for b, n, h in three)
+    for name in filter(None, map(str.strip, cfg.transfer.split(","))):
+        there = mean([load_dataset(name, cfg.data)], "all")
+        say(f"  on {name}: {there[0]:.2f} (zero-shot {there[1]:.2f})")
+    say(f"in {run_folder(cfg)}")
+    result = f"{ours} (zero-shot {zero_shot}), {rows[0]['train_seconds']:.0f} s"
+    say(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}")
+    return float(scores[0])
 
 
-def summary(values):
-    """One accuracy, or those of base and new classes with their harmonic mean, as text."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    base, new = values
-    return f"base {base:.2f}, new {new:.2f}, H {2 * base * new / max(base + new, 1e-9):.2f}"
-
-
-def recorded(cfg, clip, target, half, classifier):
-    """The row of results.json for one label set. It is computed, unless it is there already for the
-    same prompt, CLIP, precision, class names and test pictures."""
-    folder = run_folder(cfg)
-    path, trained = folder / "results.json", {"train_seconds": 0.0}
+def record(cfg, clip, target, half, classifier):
+    """The row of one label set, which takes the place of an earlier one in results.json."""
+    folder, seconds = run_folder(cfg), 0.0
     if (folder / "prompt.safetensors").exists():
-        trained = read_prompt(folder)[1]
-    options = [(name, value) for name, value in vars(cfg).items() if name not in NOT_LEARNED]
-    names = [target.name, half, target.classnames, target.template]
-    stamp = repr([trained, options, clip.fingerprint, clip.half, names, digest(target.test)])
-    stamp = hashlib.sha256(stamp.encode()).hexdigest()
-    if stamp in (rows := read_rows(path)) and not cfg.force:
-        return rows[stamp]
-    row = {"official": False, **vars(cfg), "config": vars(cfg), "method": method(cfg)}
-    row |= {"evaluated_on": target.name, "classes": half, "n_test": len(target.test)}
-    row |= measured(cfg, clip, target, classifier)
-    row |= {"train_seconds": trained["train_seconds"], "precision": str(clip.half or "fp32")}
-    row |= {"device": str(clip.device), "torch": torch.__version__, "commit": commit()}
-    row |= {"open_clip": open_clip.__version__, "time": time.ctime(), "stamp": stamp}
-    others = read_rows(path).values()  # anew: meanwhile another process may have added some
-    others = [r for r in others if (r["evaluated_on"], r["classes"]) != (target.name, half)]
-    write(path, json.dumps([*others, row], indent=1).encode())
-    return row
-
-
-def read_rows(path):
-    """{stamp: row} of a results.json, nothing where there is none. Raises Error."""
+        seconds = read_prompt(folder)[1]["train_seconds"]
+    row = {
+        "official": False,
+        **vars(cfg),
+        "config": vars(cfg),
+        "method": method(cfg),
+        "evaluated_on": target.name,
+        "classes": half,
+        **measured(cfg, clip, target, classifier),
+        "train_seconds": seconds,
+        "precision": str(clip.half or "fp32"),
+        "device": str(clip.device),
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "commit": commit(),
+        "time": time.ctime(),
+    }
+    path = folder / "results.json"
     try:
         rows = json.loads(path.read_text("utf-8")) if path.exists() else []
-        return {row["stamp"]: row for row in rows}
-    except (ValueError, TypeError, LookupError) as problem:
+        rows = {(r["evaluated_on"], r["classes"]): r for r in rows}
+    except (ValueError, TypeError, LookupError, RecursionError) as problem:
         raise Error(f"{path} holds no results ({problem}); move it away") from None
+    rows[target.name, half] = row
+    write(path, json.dumps([*rows.values()], indent=1).encode())
+    return row
 
 
 @torch.no_grad()
 def measured(cfg, clip, target, classifier):
-    """Accuracies in percent of a classifier and of zero-shot CLIP, and the two variances of UPT's
-    study (Fig. 1 d, e): of unit image features within a class, of unit text features between."""
-    start, predict = time.time(), classifier(target)
-    pictures = [picture for picture, _, _ in target.test]
-    batches = [pictures[i : i + TEST_BATCH] for i in range(0, len(pictures), TEST_BATCH)]
-    pool, features, logits = ThreadPoolExecutor(cfg.workers), [], []
-    ready = ahead(pool, lambda picture: view(decode(picture), clip.image_size), batches)
+    """Accuracies in percent of a classifier and of zero-shot CLIP, and frozen CLIP's variances in
+    UPT's study (Fig. 1 d, e): of unit image features within classes, of text features between."""
+    start, predict, labels = time.time(), classifier(target), labels_of(target, target.test)
+    batches = [target.test[i : i + TEST_BATCH] for i in range(0, len(target.test), TEST_BATCH)]
+    ready = ahead(cfg.workers, lambda item: test_view(decode(item[0]), clip.image_size), batches)
+    features, logits = [], []
     for batch in tqdm(ready, "test images", len(batches), leave=False):
         x = normalised(clip, batch)
         f = unit_features(clip, x)
         features.append(f)
         logits.append(predict(x, f) if callable(predict) else f @ predict.T)
     f, w = torch.cat(features), zero_shot_weights(clip, target)[:, 0]
-    y = to_device(torch.tensor([label for _, label, _ in target.test]), clip.device)
-    member = F.one_hot(y).double()  # (n, K)
-    row = {}
-    ours_and_zero_shot = torch.cat(logits), f @ w.T
-    for scores, overall, mean_class in zip(ours_and_zero_shot, OVERALL, MEAN_CLASS, strict=True):
+    y = to_device(labels, clip.device)
+    member = F.one_hot(y, len(w)).double()  # (n, K)
+    member = member / member.sum(0)
+    row = {"n_test": len(y)}
+    for name, scores in ("accuracy", torch.cat(logits)), ("zero_shot", f @ w.T):
         right = 100 * (scores.argmax(1) == y).double()
-        row[overall] = right.mean().item()
-        row[mean_class] = (right @ member / member.sum(0)).mean().item()
-    centre = (member.T @ f.double() / member.sum(0)[:, None])[y]  # (n, D)
-    row["intra_class_variance"] = (f - centre).square().sum(1).mean().item()
+        row[name] = right.mean().item()
+        row["mean_class_" + name] = (right @ member).nanmean().item()
+    within = f - (member.T @ f.double())[y]  # from the class's mean
+    row["intra_class_variance"] = within.square().sum(1).mean().item()
     row["inter_class_variance"] = (w - w.mean(0)).square().sum(1).mean().item()
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return row | {"eval_seconds": time.time() - start, "peak_gpu_mb": peak / 2**20}
+    row["eval_seconds"] = time.time() - start
+    on_gpu = clip.device.type == "cuda"
+    row["peak_gpu_mb"] = torch.cuda.max_memory_allocated(clip.device) / 2**20 if on_gpu else 0.0
+    return row
 
 
 def commit():
     """The repository's commit, "" where there is none."""
-    with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        folder = Path(__file__).parent
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-    return ""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @dataclasses.dataclass

@@ -5,8 +5,13 @@
     p(i|x) = exp(<w_i, f> / tau) / sum_j exp(<w_j, f> / tau)
     L      = mean over the batch of -log p(y|x)
 
-    f    unit image feature    (B, D)        V   context vectors, learned   (1 or K, M, d)
-    w_i  unit text feature     (K, D)        K   classes                    M  n_ctx
+    f    unit image feature    (B, D)        V    context vectors, learned    (1 or K, M, d)
+    w_i  unit text feature     (K, D)        K    classes                     M  n_ctx
+    tau  CLIP's temperature, frozen          d    width of the text tower     D  joint width
+
+g reads "[SOS] V name. [EOT]" at [EOT], "_" in a name being a space, and V has positions as words
+have. V is one for all classes or, with --csc, one per class, and starts from N(0, 0.02^2) or words.
+--position front: [CLASS]_i V . and middle: [V]_1 ... [V]_floor(M/2) [CLASS]_i, the rest of V, "."
 
 Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 130(9), 2022
 https://arxiv.org/abs/2109.01134      official code: github.com/KaiyangZhou/CoOp, commit ff61507
@@ -53,32 +58,44 @@ class PromptLearner(nn.Module):
     def __init__(self, cfg, clip, K):
         """Starts V from noise or from the words of cfg.init. Raises common.Error."""
         super().__init__()
-        self.csc, self.position = cfg.csc, cfg.position
+        self.csc = cfg.csc
         d = clip.token_embedding.weight.shape[1]
         ctx = 0.02 * torch.randn(K if cfg.csc else 1, cfg.n_ctx, d)
         if cfg.csc and (cfg.transfer or cfg.classes == "base"):
-            raise common.Error("--csc serves its own classes: no --transfer, no --classes base")
+            raise common.Error("--csc is for its own classes: no --transfer or --classes base")
         if cfg.init:
             ids = clip.tokenize.encode(cfg.init)
             if cfg.csc or len(ids) != len(cfg.init.split()):
-                raise common.Error(f"--init {cfg.init!r}: needs one token per word, and no --csc")
+                raise common.Error(f"--init {cfg.init!r} needs one token a word, and no --csc")
             ctx = clip.token_embedding.weight[ids][None].float()
         self.ctx = nn.Parameter(ctx)  # (1 or K, M, d)
+        M = ctx.shape[1]
+        self.before = {"end": M, "middle": M // 2, "front": 0}[cfg.position]  # the name
+
+    def embed(self, clip, classnames):
+        """The common.Names of class names in V, with an X in each place behind a name."""
+        behind = " X" * (self.ctx.shape[1] - self.before)
+        return common.embed_names(clip, classnames, self.before, "{}" + behind + ".")
 
     def forward(self, clip, names):
         """w (K, D), the unit text features of the classes."""
-        K = len(names.tail)
-        context_of = torch.arange(K, device=clip.device) if self.csc else None
-        w = common.encode_prompts(clip, names, self.ctx, context_of, self.position)
-        return F.normalize(w, dim=-1)
+        K, M, d = len(names.tail), *self.ctx.shape[1:]
+        before, after = self.ctx.split([self.before, M - self.before], 1)
+        if self.before < M:
+            place = torch.arange(self.before - M, 0, device=clip.device) - 1  # from the EOT
+            place = (names.layout.eot[:, None] + place)[..., None].expand(-1, -1, d)
+            tail = names.tail.scatter(1, place, after.expand(K, -1, -1))
+            names = names._replace(tail=tail)
+        own = torch.arange(K, device=clip.device) if self.csc else None
+        return F.normalize(common.encode_prompts(clip, names, before, own), dim=-1)
 
 
 def train(cfg, clip, data, prompt):
     """Learns V by cross-entropy."""
-    epochs = cfg.epochs or (50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200))
-    optimizer = common.Optimizer(cfg, clip, prompt.parameters(), epochs)
+    epochs = 50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200)
+    optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or epochs)
     images = common.Loader(cfg, clip, data)
-    names = common.embed_names(clip, data.classnames, prompt.ctx.shape[1])
+    names = prompt.embed(clip, data.classnames)
     for epoch in common.resumed(cfg, clip, data, prompt, optimizer):
         for x, y in images.epoch(epoch):
             f = common.unit_features(clip, x)  # (B, D), frozen
@@ -90,15 +107,15 @@ def train(cfg, clip, data, prompt):
 def classifier(cfg, clip, prompt, target):
     """w (K, D) of the class names of target, a common.Dataset. Raises common.Error."""
     if cfg.csc and len(target.classnames) != len(prompt.ctx):
-        raise common.Error(f"--csc contexts belong to their classes, not to {target.name}'s")
-    return prompt(clip, common.embed_names(clip, target.classnames, prompt.ctx.shape[1]))
+        raise common.Error(f"--csc is for the classes it learned, not for {target.name}'s")
+    return prompt(clip, prompt.embed(clip, target.classnames))
 
 
 def main(cfg):
     """Trains, evaluates and records; returns the accuracy in percent."""
-    torch.manual_seed(cfg.seed)
     data = common.few_shot(cfg)
     clip = common.load_clip(cfg)
+    torch.manual_seed(cfg.seed)
     prompt = PromptLearner(cfg, clip, len(data.classnames)).to(clip.device)
     train(cfg, clip, data, prompt)
     return common.evaluate(cfg, clip, data, partial(classifier, cfg, clip, prompt))

@@ -1,22 +1,22 @@
 """DPT: prompts in both towers, the last visual ones made for the classes the image may show.
 
     T_i = g([V]_1 ... [V]_M [CLASS]_i .)                        text prompts feature of class i
-    X   = Block_l([X ; P_l]), the P rows dropped again         plain layers l, as in VPT-deep
+    X   = Block_l([X ; P_l]), the P rows dropped again         plain layers l, P_0 after ln_pre
     X   = Block_l([X ; Q]), the rows of Q dropped again        class-aware layers, the last (Fig. 2)
           G = T[top]        top: the K classes most likely by frozen CLIP's hand template
           H = G W_m + b_m                                       CAVPT (Fig. 3)
           S = [sg(X) ; ctx]                                     sg: no gradient
-          A = softmax(H W_q (S W_k)^T / sqrt(32)),  O = A S W_v
-          Q = LN_b(O + H),  layer logits LN_a(O) W_c
+          A = softmax(H W_q (S W_k)^T / sqrt(32)),  O = A S W_v     one head, W_q and W_k (d, 32)
+          Q = LN_b(O + H),  layer logits LN_a(O) W_c                W_c (d, C); a CAVPT per layer
     v   = n(the image feature so prompted)                      n(x) = x / ||x||
     logits = s <v, n(T)>
 
     L = CE(s <v, n(T)>) + alpha L_ca                            later epochs
     L = CE(s <z, n(T)>) + CE(s <v, T0>) + beta CE(s <v, n(T)>) + alpha L_ca        first `guidance`
-    L_ca: mean cross-entropy of the layer logits of each image's own class, where it is in top
+    L_ca: mean over layers, and over images with y in top, of CE(layer logits of y's row, y); else 0
 
-    V    text context     (1, M, d_t)     z    frozen image feature  (B, D)     K  top classes
-    P_l  visual prompts   (P, d)          T0   hand-template text    (C, D)     C  classes
+    V    text context     (1, M, d_t)     z    frozen image, unit    (B, D)     K  top classes
+    P_l  visual prompts   (P, d)          T0   hand template, unit   (C, D)     C  classes
     X    image tokens     (B, 1+N, d)     T    learned text          (C, D)     s  1 / tau
 
 Xing, Wu, Cheng, Zhang, Liang, Wang, Zhang, "Dual Modality Prompt Tuning for Vision-Language
@@ -37,7 +37,7 @@ Deviations from the official code, and its quirks that we keep:
  3. Kept: the query T is neither normalised nor detached, the key X is detached; a class-aware layer
     has no ordinary prompts among its tokens, as in Fig. 2 (--visual_prompts_in_cavpt adds them).
     The release's hard-coded 10 rows of ctx are --cavpt_ctx.
- 4. alpha is the script's .3, not train.py's 1. ImageNet's 20 epochs are unverified.
+ 4. alpha is the script's .3, not train.py's 1; beta .1. ImageNet's 20 epochs are unverified.
 """
 
 import math
@@ -206,9 +206,9 @@ def classifier(cfg, clip, prompt, target):
 
 def main(cfg):
     """Trains, evaluates and records; returns the accuracy in percent."""
-    torch.manual_seed(cfg.seed)
     data = common.few_shot(cfg)
     clip = common.load_clip(cfg)
+    torch.manual_seed(cfg.seed)
     prompt = DualPrompt(cfg, clip, len(data.classnames)).to(clip.device)
     train(cfg, clip, data, prompt)
     return common.evaluate(cfg, clip, data, partial(classifier, cfg, clip, prompt))

@@ -1,14 +1,14 @@
 """EnPrompt, A RECONSTRUCTION: an external layer on frozen text, fused visual prompts, transport.
 
     w_kn = n(e_kn + W e_kn + b)                        EnLa on frozen text features e (reading B)
-    w_kn = n(g([SOS] x + W x + b [EOS]))               or on word embeddings x (reading A)
+    w_kn = n(g([SOS] (x + W x + b) [EOS]))             or on word embeddings x (reading A)
     w_k  = n(mean_n w_kn),   s = n(mean_k w_k)         classifiers; strengthening feature
     P~_i = P_i + F_i s                                 fused visual prompts, i = 0 ... J-1
     g, l_m = n(class token), n(patches) of the image tower, deep prompted by P~_i
-    C_mn = 1 - <l_m, w_yn>,  T = Sinkhorn(C, epsilon)  transport to the true class y, T fixed
-    L    = CE(<g, w_k> / tau, y) + lambda <T, C>
+    C_mn = 1 - <l_m, w_yn>,  T = Sinkhorn(C, epsilon)  uniform marginals of mass 1, T fixed; class y
+    L    = CE(<g, w_k> / tau, y) + lambda <T, C>       means over images; <T, C> = sum_mn T_mn C_mn
 
-    e_kn (K, N, D): class k in template n      P_i (M, d)   J depth      n(x) = x / ||x||
+    e_kn (K, N, D): class k in template n, unit      P_i (M, d)   J depth      n(x) = x / ||x||
 
 Fangming Cui, Xun Yang, Chao Wu, Liang Xiao, Xinmei Tian, "Advancing Prompt Learning through an
 External Layer", ACM MM 2024, https://arxiv.org/abs/2407.19674
@@ -39,7 +39,7 @@ zero-shot 49.35; none on a benchmark yet.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -87,7 +87,7 @@ class ExternalLayer(nn.Module):
         """text: the Templates of K classes -> w_kn (K, N, D) and classifiers w_k (K, D), unit."""
         if self.on_words:
             x = text.names.tail
-            names = replace(text.names, tail=x + text.inside * self.enla(x))
+            names = text.names._replace(tail=x + text.inside * self.enla(x))
             w = common.encode_prompts(clip, names, names.sos[:, :0])
             w = F.normalize(w, dim=-1).view(text.e.shape)
         else:
@@ -112,9 +112,8 @@ class Templates:
         self.e = common.zero_shot_weights(clip, target, templates)
         sentences = [t.format(c) for c in target.classnames for t in templates]
         self.names = common.embed_names(clip, sentences, 0, "{}")
-        place = torch.arange(self.names.tail.shape[1])  # 0: the first token behind [SOS]
-        inside = (place < self.names.eot[:, None] - 1).float()
-        self.inside = common.to_device(inside[..., None], clip.device)
+        place = torch.arange(self.names.layout.S, device=clip.device)
+        self.inside = (place < self.names.layout.eot[:, None]).float()[..., None]
 
 
 def is_source(cfg):
@@ -181,9 +180,9 @@ def classifier(cfg, clip, prompt, data, target):
 
 def main(cfg):
     """Trains, evaluates and records; returns the accuracy in percent."""
-    torch.manual_seed(cfg.seed)
     data = common.few_shot(cfg)
     clip = common.load_clip(cfg)
+    torch.manual_seed(cfg.seed)
     prompt = ExternalLayer(cfg, clip).to(clip.device)
     train(cfg, clip, data, prompt)
     return common.evaluate(cfg, clip, data, partial(classifier, cfg, clip, prompt, data))

@@ -2,17 +2,17 @@
 
     f_t = g([U]_1 ... [U]_m [TASK]_t .)                       task feature (Fig. 2 b)
     f_c = g([V]_1 ... [V]_n [CLASS]_c .)                      class feature, with --class_context
-    S_t = reshape(W f_t)    or    S_c = reshape(W [f_c; f_t]) the soft context, M vectors
-    w_c = n(g([S]_1 ... [S]_M [CLASS]_c .)), S of c's task    n(x) = x / ||x||, g: text encoder
+    S_t = reshape(W f_t)    or    S_c = reshape(W [f_c; f_t]) (M, d_t), f_t and S_t of c's task
+    w_c = n(g([S]_1 ... [S]_M [CLASS]_c .))                   n(x) = x / ||x||, g: text encoder
     L   = mean over images of CE(s <f, w_c> over the classes c of the image's own task)    (Eq. 8)
+          (of these, with V and class_rate r < 1: the batch's, and a random share r of the others)
 
-    f_t  task feature   (T, D)     W    meta-network, linear  (D or 2D, M d_t)     T  tasks
+    f_t  task feature   (T, D)     W    meta-network, linear  (M d_t, D or 2D)     T  tasks
     f_c  class feature  (C, D)     S    generated contexts    (T or C, M, d_t)     C  all classes
-    U, V  learned contexts of the names
+    U, V  their contexts, (1 or T, m, d_t), (1 or C, n, d_t)    f  unit image feature    s  1 / tau
 
-Ding et al., "Multi-task prompt tuning with soft context sharing
-for vision-language models", Neurocomputing 603, 128290, 2024; https://arxiv.org/abs/2208.13474
-Official code: github.com/kding1225/softcpt, commit 7cab4b9
+Ding et al., "Multi-task prompt tuning with soft context sharing for vision-language models",
+Neurocomputing 603, 128290, 2024; arxiv.org/abs/2208.13474; code: kding1225/softcpt, 7cab4b9
 
     python softcpt.py --dataset general10 --shots 16
     python softcpt.py --dataset my_birds,my_boats --tasks "bird species,boat type recognition"
@@ -202,7 +202,7 @@ def sample_classes(labels, column_task, rate):
 def train(cfg, clip, tasks, prompt):
     """Learns U, V and W on all tasks at once."""
     union = tasks.union()
-    repeat = 3 + prompt.with_classes if cfg.official and not cfg.baseline else 1  # registrations
+    repeat = 3 + prompt.with_classes if cfg.official and not cfg.baseline else 1
     optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or EPOCHS, repeat)
     images = common.Loader(cfg, clip, union)
     words = words_of(cfg, clip, union.classnames, tasks.titles, tasks.column_task)
@@ -237,9 +237,9 @@ def classifier(cfg, clip, prompt, tasks, target):
 
 def main(cfg):
     """Trains, evaluates and records; returns the mean of the tasks' accuracies in percent."""
-    torch.manual_seed(cfg.seed)
     tasks = load_tasks(cfg)
     clip = common.load_clip(cfg)
+    torch.manual_seed(cfg.seed)
     prompt = SoftContext(cfg, clip, len(tasks.sets), len(tasks.column_task)).to(clip.device)
     train(cfg, clip, tasks, prompt)
     ours = partial(classifier, cfg, clip, prompt, tasks)

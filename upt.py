@@ -2,14 +2,16 @@
 
     S  = LN1(U + Drop(MHA(U, U, U)))                        attention over all 2M rows, one head
     U^ = S + Drop(W2 Drop(ReLU(W1 LN2(S) + b1)) + b2)
-    V  = U^[:M]                                             text context (Fig. 1 c, U_t)
-    P  = U^[M:] W_v + b_v                                   visual prompts (Fig. 1 c, U_v)
+    V  = U^[:, :M]                                          text context (Fig. 1 c, U_t)
+    P  = U^[0, M:] W_v + b_v                                visual prompts (Fig. 1 c, U_v)
     w_i = n(g([V]_1 ... [V]_M [CLASS]_i .))                 n(x) = x / ||x||, g: text encoder
-    v  = n(feature of [CLS ; P ; patches], joined before ln_pre; P stays to the end)
-    L  = cross-entropy of s <v, w_i>                        s = 1 / tau
+    v  = n(feature of [CLS ; patches ; P])                  P: no positions, joined before ln_pre,
+                                                            kept from block to block
+    L  = mean over the batch of CE(s <v, w_i>)              s = 1 / tau, frozen
 
-    U    unified prompts, learned  (1, 2M, d_t)     V    text context    (1, M, d_t)
-    U^   transformed U             (1, 2M, d_t)     P    visual prompts  (M, d)        M  n_ctx
+    U    unified prompts, learned  (1, 2M, d_t)     V    text context    (1, M, d_t)    v    (B, D)
+    U^   transformed U             (1, 2M, d_t)     P    visual prompts  (M, d)         w_i  (K, D)
+    M    n_ctx      W1, W2  (d_t, d_t)      Drop  p = 0.1, on MHA's weights too; U from N(0, 0.02^2)
 
 Zang, Li, Zhou, Huang, Loy, "Unified Vision and Language Prompt Learning", 2022
 https://arxiv.org/abs/2210.07225      official code: yuhangzang/UPT, commit 3d1640f (2025)
@@ -26,10 +28,11 @@ layer runs once per tower, with independent dropout. Deviations and choices:
  1. Default: attention over all rows, one pass per step, in the release's layer (the paper's text
     was not at hand). --official: no mixing, two passes.
  2. Learnables in fp32; the release casts them to fp16. As there, U starts random: its words "a
-    photo of a" only count the rows.
+    photo of a" only set M = 4.
  3. Epochs follow CoOp's table by shots, inferred from the release's config names; its Caltech101
     base-to-new used 10.
- 4. --side text or visual leaves the other tower as CLIP's (hand template, no visual prompts).
+ 4. --side text or visual: U has M rows, all for that tower; the other is CLIP's own (the data set's
+    hand template, no visual prompts).
 """
 
 from dataclasses import dataclass
@@ -126,9 +129,9 @@ def classifier(cfg, clip, prompt, target):
 
 def main(cfg):
     """Trains, evaluates and records; returns the accuracy in percent."""
-    torch.manual_seed(cfg.seed)
     data = common.few_shot(cfg)
     clip = common.load_clip(cfg)
+    torch.manual_seed(cfg.seed)
     d_t, d = clip.token_embedding.weight.shape[1], clip.blocks()[0].ln_1.weight.numel()
     prompt = UnifiedPrompt(cfg, d_t, d).to(clip.device)
     train(cfg, clip, data, prompt)

@@ -52,21 +52,18 @@ def load(run, device, data):
         options = about["config"] | {"device": device, "data": data, "load": run}
         cfg = METHODS[method].Config(**options)
         names = dict(about["classnames"])
-        fingerprint = about["fingerprint"]
     except (LookupError, TypeError, ValueError) as problem:
         raise common.Error(f"{run} is not of this version ({problem}); train it anew") from None
     clip = common.load_clip(cfg)
-    if clip.fingerprint != fingerprint:
+    if clip.fingerprint != about["CLIP"]:
         raise common.Error(f"{run} was trained with another CLIP than --model {cfg.model!r} is now")
-    templates = about.get("templates", {})
     sets = []
     for name, classnames in names.items():
-        template = templates.get(name) or template_of(name)
-        sets.append(common.Dataset(name, [], [], [], classnames, template))
+        sets.append(common.Dataset(name, [], [], [], classnames, template_of(name)))
     try:
         prompt = untrained(method, cfg, clip, sets)
         prompt.load_state_dict(tensors)
-    except RuntimeError as problem:
+    except (RuntimeError, TypeError) as problem:
         raise common.Error(f"{run} does not fit its own options: {problem}") from None
     return Learned(METHODS[method], cfg, clip, sets, prompt.to(clip.device).eval())
 
@@ -145,11 +142,11 @@ def predict(argv):
     answer = classifier(learned, target)
     unread, sheet = 0, []
     for start in range(0, len(files), BATCH):
-        batch, pictures = decoded(files[start : start + BATCH])
+        batch, views = viewed(files[start : start + BATCH], learned.clip.image_size)
         unread += len(files[start : start + BATCH]) - len(batch)
         if not batch:
             continue
-        x = common.views(learned.clip, pictures)
+        x = common.normalised(learned.clip, views)
         f = common.unit_features(learned.clip, x)
         logits = answer(x, f) if callable(answer) else learned.clip.scale * f @ answer.T
         for file, p in zip(batch, F.softmax(logits.float(), dim=-1), strict=True):
@@ -159,7 +156,7 @@ def predict(argv):
     if sheet:
         attention.save(sheet, options.attention)
         # Not on stdout, where --json has lines of JSON alone
-        print(f"{options.attention}: red is where each class's prompt looks", file=sys.stderr)
+        common.say(f"{options.attention}: red is where each class's prompt looks", sys.stderr)
     if unread:
         raise common.Error(f"{unread} of {len(files)} pictures could not be read")
 
@@ -187,17 +184,17 @@ def is_picture(path, folder):
     return path.suffix.lower() in common.IMAGES and path.is_file() and not hidden
 
 
-def decoded(files):
-    """The files that can be read, and their pictures; the others are named on stderr."""
-    readable, pictures = [], []
+def viewed(files, side):
+    """The files that can be read, and their test views; the others are named on stderr."""
+    readable, views = [], []
     for file in files:
         try:
-            pictures.append(common.decode(file))
+            views.append(common.test_view(common.decode(file), side))
         except common.Error as problem:
-            print(f"error: {problem}", file=sys.stderr)
+            common.say(f"error: {problem}", sys.stderr)
         else:
             readable.append(file)
-    return readable, pictures
+    return readable, views
 
 
 def target_of(learned, task, names):
@@ -226,7 +223,7 @@ def print_answer(file, p, classnames, as_json):
         print(json.dumps({"image": file, "classes": names, "probabilities": values}))
     else:
         pairs = [f"{name} {value:.1%}" for name, value in zip(names, values, strict=True)]
-        print(f"{file}: {', '.join(pairs)}")
+        common.say(f"{file}: {', '.join(pairs)}")
 
 
 @torch.no_grad()

@@ -72,9 +72,8 @@ class Chunked(torch.autograd.Function):
         return None, torch.cat(grads), None
 
 
-def plain_text(clip, prefix, suffix, eot, group=None, layout=None):
+def plain_text(clip, prefix, suffix, layout, group=None):
     """common.encode_text with every sequence padded to 77 tokens, all through the whole tower."""
-    eot = common.to_device(eot, clip.device)
 
     def encode(x, eot):
         with clip.autocast():
@@ -82,7 +81,7 @@ def plain_text(clip, prefix, suffix, eot, group=None, layout=None):
             last = clip.ln_final(x)[torch.arange(len(x), device=x.device), eot]
             return (last @ clip.text_projection).float()
 
-    if group is None:
+    if len(prefix) == 1:
         prefix = prefix.expand(len(suffix), -1, -1)
     else:
         prefix = prefix[group]
@@ -90,8 +89,8 @@ def plain_text(clip, prefix, suffix, eot, group=None, layout=None):
     padding = clip.token_embedding.weight[0].expand(len(suffix), missing, -1)
     x = torch.cat([prefix, suffix, padding], 1)
     if len(x) > CHUNK and x.requires_grad and x.device.type == "cpu":
-        return Chunked.apply(encode, x, eot)
-    return encode(x, eot)
+        return Chunked.apply(encode, x, layout.P + layout.eot)
+    return encode(x, layout.P + layout.eot)
 
 
 def plain_image(clip, images, prompts=None, patches=False):

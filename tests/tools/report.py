@@ -74,9 +74,9 @@ def run_of(row, folder):
     config, method, on = row["config"], row["method"], row["evaluated_on"]
     transferred = on in config["transfer"].split(",") and on not in row["dataset"].split(",")
     per_class = method == "softcpt" and (on in softcpt.PER_CLASS or "fashion20" in on)
-    keys = common.MEAN_CLASS if per_class else common.OVERALL
-    value, zero = (float(row[key]) for key in keys)
-    text, visual = (float(row[f"{kind}_class_variance"]) for kind in ("intra", "inter"))
+    kind = "mean_class_" if per_class else ""
+    value, zero = (float(row[kind + key]) for key in ("accuracy", "zero_shot"))
+    text, visual = (float(row[f"{where}_class_variance"]) for where in ("intra", "inter"))
     return Run(
         str(method),
         label_of(method, config, folder, transferred),
