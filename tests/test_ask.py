@@ -1,6 +1,7 @@
 """What can be asked of a finished run: python common.py predict and interpret."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_predict_gives_the_softmax_of_the_trained_classifier(
     data, clip = common.load_dataset("shapes", world), made["clip"]
     with torch.no_grad():
         answer = made["classifier"](data)
-        x = common.views(clip, [common.decode(photo) for photo in photos])
+        x = common.views(clip, photos)
         f = common.unit_features(clip, x)
         logits = answer(x, f) if callable(answer) else clip.scale * f @ answer.T
     task = ["--task", "shapes"] if method is softcpt else []
@@ -109,7 +110,7 @@ def test_names_given_on_the_spot_are_chosen_from(trained, photos, asked, elsewhe
     code, lines, _ = asked(ask.predict, run, photos[0], "--names", "red star, blue_ring", "--json")
     clip = common.load_clip(f"local-dir:{elsewhere}/shapes/clip", device="cpu")
     texts = clip.encode_text(clip.tokenize(["a photo red star.", "a photo blue ring."]))
-    f = common.unit_features(clip, common.views(clip, [common.decode(photos[0])]))
+    f = common.unit_features(clip, common.views(clip, photos[:1]))
     p = F.softmax(clip.scale * f @ F.normalize(texts, dim=-1).T, dim=-1)[0].tolist()
     answer = json.loads(lines[0])
     found = dict(zip(answer["classes"], answer["probabilities"], strict=True))
@@ -136,6 +137,16 @@ def test_folders_are_searched_and_a_broken_picture_stops_no_other(trained, photo
         assert reason in errors[-1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_picture_of_any_name_is_answered_in_one_line(trained, photos, asked, tmp_path):
+    place = tmp_path / "a\nb.png"
+    shutil.copy(photos[0], place)
+    (tmp_path / "c\nd.png").write_bytes(b"no picture")
+    code, lines, errors = asked(ask.predict, trained(coop), str(place), str(tmp_path / "c\nd.png"))
+    assert (code, len(lines), len(errors)) == (2, 1, 2)
+    assert "a\\nb.png: " in lines[0] and "c\\nd.png: " in errors[0]
+
+
 def test_a_task_that_was_not_learned_is_one_line(trained, photos, asked):
     run = trained(softcpt, dataset="shapes,textures")
     code, _, errors = asked(ask.predict, run, photos[0], "--task", "birds")
@@ -157,8 +168,9 @@ def test_a_run_that_cannot_be_loaded_is_one_line(trained, photos, asked, tmp_pat
     wrong = {
         "by 'os'": {"method": "os"},  # no module is imported because a file names it
         "this version": {"config": about["config"] | {"flavour": 1}},
-        "another CLIP": {"fingerprint": "0"},
+        "another CLIP": {"CLIP": "0"},
         "does not fit": {"config": about["config"] | {"n_ctx": 3}},
+        "its own options": {"config": about["config"] | {"n_ctx": "3"}},
     }
     for reason, changes in wrong.items():
         rewritten(run, **about | changes)

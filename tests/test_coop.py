@@ -6,7 +6,16 @@ import torch.nn.functional as F
 
 import common
 import coop
-from tests.conftest import NAMES, gradients, new_prompt, plain_prompts, schedule, toy, unit
+from tests.conftest import (
+    NAMES,
+    gradients,
+    new_prompt,
+    plain_prompts,
+    schedule,
+    toy,
+    unit,
+    words,
+)
 
 
 def start(clip, **options):
@@ -48,6 +57,52 @@ def features_by_hand(clip, V, cut):
         x = clip.transformer(x + clip.positional_embedding, attn_mask=clip.attn_mask)
         w.append(clip.ln_final(x[0, eot]) @ clip.text_projection)
     return torch.stack(w)
+
+
+@pytest.mark.parametrize(
+    "context, position, sentence",
+    [
+        ("a photo of a", "end", "a photo of a {}."),
+        ("a photo of a", "middle", "a photo {} of a."),
+        ("a photo of a", "front", "{} a photo of a."),
+        ("a photo of", "middle", "a {} photo of."),
+        ("a", "middle", "{} a."),
+    ],
+)
+def test_real_words_as_context_give_the_sentence_that_they_spell(clip, context, position, sentence):
+    V, data = words(clip, context), toy()._replace(classnames=[*NAMES, "dr. st"])
+    ids = clip.tokenize([sentence.format(name.replace("_", " ")) for name in data.classnames])
+    expected = unit(clip.encode_text(ids))
+    for csc in False, True:
+        cfg = coop.Config(n_ctx=V.shape[1], csc=csc, position=position)
+        prompt = new_prompt(coop, cfg, clip, data)
+        prompt.ctx.data = V.expand(len(prompt.ctx), -1, -1).clone()
+        w = coop.classifier(cfg, clip, prompt, data)
+        assert torch.allclose(w, expected, atol=1e-5)
+    first = gradients(w[0].sum(), [prompt.ctx])[0]
+    assert first[0].abs().min() > 0 and first[1:].abs().max() == 0  # a class feels its own context
+
+
+@pytest.mark.parametrize("csc", [False, True])
+@pytest.mark.parametrize("position, cut", [("end", 5), ("middle", 2), ("front", 0)])
+def test_features_and_gradients_are_those_of_the_whole_sequence(odd, position, cut, csc):
+    cfg, prompt = start(odd, n_ctx=5, csc=csc, position=position)
+    prompt.ctx.data *= 5
+    ours = coop.classifier(cfg, odd, prompt, toy())
+    plain = unit(features_by_hand(odd, prompt.ctx.expand(3, -1, -1), cut))
+    assert torch.allclose(ours, plain, atol=1e-5)
+    weight = torch.randn(3, 24)
+    a, b = (gradients((w * weight).sum(), [prompt.ctx])[0] for w in (ours, plain))
+    assert b.abs().max() > 0 and torch.allclose(a, b, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_selected_names_keep_the_place_of_the_context(odd, position):
+    _, prompt = start(odd, n_ctx=5, position=position)
+    prompt.ctx.data *= 50
+    names, columns = prompt.embed(odd, [*NAMES, "dog"]), torch.tensor([3, 1])
+    some = prompt(odd, names.select(columns))
+    assert torch.allclose(some, prompt(odd, names)[columns], atol=1e-5)
 
 
 @pytest.mark.parametrize("csc, position, cut", [(False, "end", 4), (True, "middle", 2)])

@@ -233,9 +233,10 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(world, monkeypatch, metho
 def test_a_finished_run_of_the_device_is_evaluated_on_the_cpu(world):
     cfg = world.config(coop.Config, "nogpu")
     ours = world.run(cfg, coop.main)
-    (common.run_folder(cfg) / "results.json").unlink()
     loaded = world.config(coop.Config, "cpu", load=str(common.run_folder(cfg)))
-    assert_same(world.run(loaded, coop.main), ours)
+    theirs = world.run(loaded, coop.main)
+    assert_same(theirs, ours)
+    assert [row["device"] for *_, (row,) in (ours, theirs)] == ["nogpu:0", "cpu"]
 
 
 @pytest.mark.parametrize("ensemble", [False, True])

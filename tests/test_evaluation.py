@@ -18,7 +18,7 @@ from tests.conftest import NAMES, toy, unit
 
 METHODS = [coop, dpt, upt, enprompt, softcpt]
 FIELDS = """method dataset evaluated_on classes shots seed model pretrained official accuracy
-    mean_class_accuracy zero_shot zero_shot_mean_class intra_class_variance inter_class_variance
+    mean_class_accuracy zero_shot mean_class_zero_shot intra_class_variance inter_class_variance
     n_test train_seconds eval_seconds peak_gpu_mb precision device torch open_clip commit config
     time""".split()
 
@@ -50,6 +50,25 @@ def test_accuracies_overall_and_per_class_of_known_answers(evaluated):
     accuracy, (row,) = evaluated(*known([0, 0, 0, 1, 2], [0, 2, 0, 1, 0]))
     assert accuracy == row["accuracy"] == pytest.approx(60)
     assert row["mean_class_accuracy"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
+
+
+def test_a_class_without_test_images_does_not_count_in_the_mean_over_classes(evaluated):
+    _, (row,) = evaluated(*known([0, 0, 2], [0, 1, 2]))
+    assert row["mean_class_accuracy"] == pytest.approx(75)
+
+
+def test_zero_shot_clip_is_counted_in_the_same_two_ways(evaluated, clip):
+    labels = [0, 0, 0, 1, 2]
+    data, classifier = known(labels, labels)
+    images = common.views(clip, [picture for picture, _, _ in data.test])
+    texts = [data.template.format(name.replace("_", " ")) for name in NAMES]
+    w = unit(clip.encode_text(clip.tokenize(texts)))
+    right = (common.unit_features(clip, images) @ w.T).argmax(1) == torch.tensor(labels)
+    _, (row,) = evaluated(data, classifier)
+    assert row["zero_shot"] == pytest.approx(100 * sum(right.tolist()) / 5)
+    mean = (sum(right[:3].tolist()) / 3 + int(right[3]) + int(right[4])) / 3
+    assert row["mean_class_zero_shot"] == pytest.approx(100 * mean)
+    assert row["zero_shot"] != row["mean_class_zero_shot"]
 
 
 def test_a_task_counts_by_the_mean_over_its_classes_where_asked(evaluated):
@@ -126,48 +145,52 @@ def test_a_row_holds_the_fields_of_a_run(fit, tmp_path):
     assert row["train_seconds"] > 0 and row["eval_seconds"] > 0
 
 
-class Counting:
-    """A classifier that counts how often it is asked."""
-
-    def __init__(self):
-        self.asked = 0
-
-    def __call__(self, target):
-        self.asked += 1
-        return torch.eye(len(target.classnames), 128)
-
-
-def test_a_finished_row_is_used_again_until_forced(evaluated):
-    classifier = Counting()
-    first = evaluated(toy(), classifier)
-    assert evaluated(toy(), classifier) == first and classifier.asked == 1
-    evaluated(toy(), classifier, force=True)
-    assert classifier.asked == 2
+def test_a_repeated_evaluation_takes_the_place_of_its_row_and_of_no_other(evaluated):
+    labels = [0, 0, 0, 1, 2]
+    data, good = known(labels, labels)
+    other = data._replace(name="other")
+    accuracy, before = evaluated([data, other, data._replace(name="third")], good)
+    assert accuracy == pytest.approx(100)
+    accuracy, rows = evaluated(other, known(labels, [0, 2, 0, 1, 0])[1])
+    assert accuracy == rows[1]["accuracy"] == pytest.approx(60)
+    assert [row["evaluated_on"] for row in rows] == ["toy", "other", "third"]
+    assert (rows[0], rows[2]) == (before[0], before[2])
+    new = data._replace(new=other._replace(name="toy"))  # the same name, another half
+    _, rows = evaluated(new, good, classes="base")
+    assert [row["classes"] for row in rows] == ["base", "new"]
 
 
 @pytest.mark.parametrize("change", ["picture", "label", "names", "template"])
-def test_a_row_is_computed_anew_for_another_test_set(evaluated, change):
-    data, classifier = toy(), Counting()
-    evaluated(data, classifier)
-    picture, label, name = data.test[0]
-    others = {
-        "picture": {"test": [(255 - picture, label, name), *data.test[1:]]},
-        "label": {"test": [(picture, 1, name), *data.test[1:]]},
-        "names": {"classnames": ["dog", *NAMES[1:]]},
-        "template": {"template": "{} texture."},
-    }
-    _, rows = evaluated(data._replace(**others[change]), classifier)
-    assert classifier.asked == 2 and len(rows) == 1  # the new row takes the place of the old
-
-
-def test_a_row_is_computed_anew_when_a_file_has_changed_but_not_its_size(evaluated, tmp_path):
-    path, classifier = tmp_path / "x.ppm", Counting()
-    data = toy()._replace(test=[(str(path), 0, NAMES[0])])
-    for colour, asked in (b"\1", 1), (b"\2", 2):
+def test_a_repeated_evaluation_is_of_the_test_set_as_it_is_now(evaluated, tmp_path, change):
+    path = tmp_path / "x.ppm"
+    data = toy()._replace(test=[(str(path), 0, NAMES[0]), *toy().test[1:]])
+    w = torch.eye(128)[:3]
+    found = []
+    for changed in False, True:
+        colour = b"\xff" if changed and change == "picture" else b"\0"  # under the same name
         path.write_bytes(b"P6 4 4 255\n" + 48 * colour)
+        if changed and change == "label":
+            data = data._replace(test=[(str(path), 1, NAMES[1]), *data.test[1:]])
+        if changed and change == "names":
+            data = data._replace(classnames=["dog", *NAMES[1:]])
+        if changed and change == "template":
+            data = data._replace(template="{} texture.")
         for _ in range(2):
-            evaluated(data, classifier)
-            assert classifier.asked == asked
+            _, (row,) = evaluated(data, lambda target: w)
+            found.append((row["intra_class_variance"], row["inter_class_variance"]))
+    assert found[0] == found[1] and found[2] == found[3] and found[1] != found[2]
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_test_labels_that_name_no_class_are_refused(label, evaluated):
+    data = toy()._replace(test=[*toy().test, (toy().test[0][0], label, "dog")])
+    with pytest.raises(common.Error, match="toy: labels"):
+        evaluated(data, lambda target: torch.eye(3, 128))
+
+
+def test_without_test_images_there_is_no_evaluation(evaluated):
+    with pytest.raises(common.Error, match="toy has no images"):
+        evaluated(toy()._replace(test=[]), lambda target: torch.eye(3, 128))
 
 
 def test_a_loaded_run_is_evaluated_and_not_trained(fit, tmp_path, monkeypatch, shell):
@@ -189,8 +212,7 @@ def test_a_loaded_run_is_evaluated_and_not_trained(fit, tmp_path, monkeypatch, s
 
 def test_zero_shot_accuracy_is_that_of_the_hand_templates(world, clip, shell):
     data = common.load_dataset("shapes", str(world))
-    pictures = [common.decode(picture) for picture, _, _ in data.test]
-    f = common.unit_features(clip, common.views(clip, pictures))
+    f = common.unit_features(clip, common.views(clip, [picture for picture, _, _ in data.test]))
     labels = torch.tensor([label for _, label, _ in data.test])
     for flags, count in ([], 1), (["--ensemble"], 8):
         w = 0

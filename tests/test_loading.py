@@ -9,6 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import common
+import coop
+import dpt
+import enprompt
+import softcpt
+import upt
 from tests.conftest import NAMES, built, gradients, toy
 from tests.test_clip import close
 from tests.tools import shapes
@@ -61,8 +66,11 @@ def test_a_clip_knows_its_scale_size_colours_and_device(clip):
         {"custom_text": True, "init_logit_bias": -10},
         {"text": {"no_causal_mask": True}},
         {"vision": {"attentional_pool": True}},
+        {"vision": {"qk_norm": True}},
+        {"text": {"scale_heads": True}},
+        {"text": {"proj_bias": True}},
     ],
-    ids=["CoCa", "CustomTextCLIP", "not causal", "attention pooling"],
+    ids=["CoCa", "CustomTextCLIP", "not causal", "attention pooling", "norms", "scales", "bias"],
 )
 def test_a_model_with_other_towers_is_refused(tmp_path, changes):
     if "multimodal_cfg" in changes:
@@ -152,14 +160,23 @@ def test_quick_gelu_follows_the_pretrained_tag(tmp_path, monkeypatch, small, tag
     assert same_features(clip, expected) and not same_features(clip, other)
 
 
-def test_the_draws_of_a_new_model_leave_a_prompts_start_alone(small):
-    found = []
-    for times in 1, 2:
-        torch.manual_seed(0)
-        for _ in range(times):
-            load("ViT-B-16")
-        found.append(torch.rand(3).tolist())
-    assert found[0] == found[1]
+@pytest.mark.parametrize("method", [coop, dpt, upt, enprompt, softcpt], ids=lambda m: m.__name__)
+def test_the_draws_of_a_new_model_leave_a_prompts_start_alone(fit, clip, monkeypatch, method):
+    starts, counts = [], iter([1, 2, 2])
+
+    def load_clip(cfg):
+        torch.rand(next(counts))
+        return clip
+
+    monkeypatch.setattr(common, "load_clip", load_clip)
+    monkeypatch.setattr(method, "train", lambda *args: starts.append(args[-1].state_dict()))
+    monkeypatch.setattr(common, "evaluate", lambda *args: 0.0)
+    dataset = "textures,colours" if method is softcpt else "textures"
+    for seed in 1, 1, 2:
+        fit(method, dataset=dataset, seed=seed)
+    first, again, other = starts
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    assert not all(torch.equal(other[name], tensor) for name, tensor in first.items())
 
 
 def test_the_fingerprint_sees_weights_activation_and_heads():

@@ -1,5 +1,6 @@
 """The optimiser and its schedule, by hand and against Dassl's figures."""
 
+import contextlib
 import math
 import types
 
@@ -70,6 +71,14 @@ def test_repeated_steps_take_the_same_gradient_and_as_many_steps_of_the_schedule
     assert thrice.sgd.param_groups[0]["lr"] == once.sgd.param_groups[0]["lr"] != 1e-5
 
 
+def test_repeated_steps_are_refused_where_the_loss_is_scaled():
+    p = torch.nn.Parameter(torch.zeros(1))
+    for half, scaled in (None, False), (torch.bfloat16, False), (torch.float16, True):
+        clip = types.SimpleNamespace(device=torch.device("cpu"), half=half)
+        with pytest.raises(common.Error, match="fp32") if scaled else contextlib.nullcontext():
+            common.Optimizer(common.Config(), clip, [p], 2, repeat=3)
+
+
 def test_an_epoch_ends_with_its_mean_loss_and_an_empty_list():
     p = torch.nn.Parameter(torch.zeros(1))
     optimizer = optimizer_of([p], 3)
@@ -93,11 +102,22 @@ def test_a_gradient_that_overflows_in_fp16_is_skipped_and_lowers_the_scale():
     clip = types.SimpleNamespace(device=torch.device("cpu"), half=torch.float16)
     optimizer = common.Optimizer(common.Config(), clip, [p], 2)
     before = optimizer.scaler.get_scale()
-    optimizer.step((p * math.inf).sum())
+    optimizer.step((p * 1e34).sum())
     assert p.item() == 1 and optimizer.scaler.get_scale() == before / 2
     optimizer.end_epoch()  # is no Error: the scale can still be lowered
     optimizer.step(p.sum())
     assert p.item() != 1
+
+
+def test_gradients_that_overflow_even_unscaled_end_training_though_the_loss_is_finite():
+    p = torch.nn.Parameter(torch.ones(1))
+    clip = types.SimpleNamespace(device=torch.device("cpu"), half=torch.float16)
+    optimizer = common.Optimizer(common.Config(), clip, [p], 2)
+    for _ in range(20):
+        optimizer.step((p - 1).sqrt().sum())  # 0, and its gradient infinite
+    assert p.item() == 1
+    with pytest.raises(common.Error, match="loss 0.0"):
+        optimizer.end_epoch()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,6 +1,7 @@
 """The command line's complaints, and the folder that a run is kept in."""
 
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_a_shell_sees_one_line_and_exit_code_2(world, tmp_path):
 @pytest.mark.parametrize(
     "problem, said",
     [
-        (common.Error("a\nb\x1b[31m"), "error: a b"),
+        (common.Error("a\nb\x1b[31m"), r"error: a\nb\x1b[31m"),
         (OSError(2, "No such file", "x.jpg"), "x.jpg"),
         (KeyboardInterrupt(), "interrupted"),
     ],
@@ -79,6 +80,12 @@ def test_a_script_ends_in_one_printable_line(problem, said, capsys):
     line = capsys.readouterr().err
     assert end.value.code == 2 and said in line
     assert line.endswith("\n") and line[:-1].isprintable()
+
+
+def test_a_line_shows_what_a_console_cannot_by_its_number():
+    console = io.TextIOWrapper(io.BytesIO(), "ascii", newline="\n")
+    common.say("é 猫\n\udce9", console)
+    assert console.buffer.getvalue() == rb"\xe9 \u732b\n\udce9" + b"\n"
 
 
 def test_a_bug_keeps_its_traceback():

@@ -1,9 +1,12 @@
 """Pictures: decoding, views against PIL's, random boxes against torchvision's, the loader."""
 
+import math
+import os
 import random
 import threading
 import types
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,30 +46,68 @@ def levels(clip, batch):
 # --- views
 
 
+def plain_test_view(image, side):
+    resize, crop = transforms.Resize(side, BICUBIC), transforms.CenterCrop(side)
+    return vision.pil_to_tensor(crop(resize(image))).int()
+
+
 @pytest.mark.parametrize("side", [32, 224])
 def test_test_views_are_pils(side):
-    resize, crop = transforms.Resize(side, BICUBIC), transforms.CenterCrop(side)
     stream = random.Random(0)
-    sizes = SIZES + [(stream.randint(32, 600), stream.randint(32, 600)) for _ in range(20)]
+    sizes = SIZES + [(stream.randint(67, 600), stream.randint(67, 600)) for _ in range(20)]
+    sizes += [(32, 288), (300, 34), (270, 30), (34, 305)]  # up to 9 times as long as wide
     for width, height in sizes:
         image = photo(width, height)
         ours = common.views(viewer(side), [vision.pil_to_tensor(image)])
-        plain = vision.pil_to_tensor(crop(resize(image)))
-        assert torch.equal(levels(viewer(side), ours)[0], plain.int()), image.size
+        plain = plain_test_view(image, side)
+        assert torch.equal(levels(viewer(side), ours)[0], plain), image.size
+
+
+@pytest.mark.parametrize("side", [32, 224])
+@pytest.mark.parametrize("width, height", [(1000, 100), (42, 500), (1000, 6), (3, 2001)])
+def test_of_a_longer_picture_no_more_than_the_view_needs_is_resized(
+    side, width, height, monkeypatch
+):
+    resize, sizes = common.vision.resize, []
+
+    def watched(image, *more):
+        sizes.append(image.size)
+        return resize(image, *more)
+
+    monkeypatch.setattr(common.vision, "resize", watched)
+    for image in photo(width, height), photo(height, width):
+        difference = common.test_view(image, side) - plain_test_view(image, side)
+        assert difference.abs().float().mean() < 1, image.size  # half a pixel off: 4
+        assert max(sizes[-1]) <= 10 * min(sizes[-1]) and min(sizes[-1]) == min(image.size)
+
+
+def by_hand(image, side, crop, numbers):
+    """A training view by PIL alone, of the box that these numbers give at the first try."""
+    share, log_ratio = numbers.uniform(*crop), math.log(4 / 3) * numbers.uniform(-1, 1)
+    w = round(math.sqrt(share * image.width * image.height * math.exp(log_ratio)))
+    h = round(math.sqrt(share * image.width * image.height / math.exp(log_ratio)))
+    left, top = numbers.randint(0, image.width - w), numbers.randint(0, image.height - h)
+    view = image.crop((left, top, left + w, top + h)).resize((side, side), Image.Resampling.BICUBIC)
+    mirrored = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return vision.pil_to_tensor(mirrored if numbers.random() < 0.5 else view)
 
 
 @pytest.mark.parametrize("side", [32, 224])
 def test_training_views_are_pils(side):
-    stream, generator = random.Random(0), torch.Generator().manual_seed(0)
     for width, height in SIZES:
         image = photo(width, height)
-        boxes = [common.random_box(height, width, (0.08, 1.0), generator) for _ in range(6)]
-        mirror = [stream.random() < 0.5 for _ in boxes]
-        ours = common.views(viewer(side), [vision.pil_to_tensor(image)] * 6, boxes, mirror)
-        for view, box, flip in zip(levels(viewer(side), ours), boxes, mirror, strict=True):
-            crop = vision.resized_crop(image, *box, [side, side], BICUBIC)
-            plain = vision.pil_to_tensor(vision.hflip(crop) if flip else crop)
-            assert torch.equal(view, plain.int()), (image.size, box, flip)
+        for seed in range(6):
+            view = common.train_view(image, side, (0.08, 0.5), random.Random(seed))
+            plain = by_hand(image, side, (0.08, 0.5), random.Random(seed))
+            assert (view.dtype, view.shape) == (torch.uint8, (3, side, side))
+            assert torch.equal(view, plain), (image.size, seed)
+
+
+def test_views_take_paths_and_tensors(tmp_path):
+    image = photo(40, 36)
+    image.save(tmp_path / "x.png")
+    two = common.views(viewer(32), [tmp_path / "x.png", vision.pil_to_tensor(image)])
+    assert two.shape == (2, 3, 32, 32) and torch.equal(*two)
 
 
 def test_views_are_normalised_as_clip_wants_it(clip):
@@ -98,42 +139,96 @@ def test_every_kind_of_pixel_becomes_rgb(suffix, mode, colour, rgb, tmp_path):
     if mode == "P":
         image.putpalette([0, 0, 0, 10, 200, 30])
     image.save(tmp_path / f"x{suffix}")
-    pixels = common.decode(str(tmp_path / f"x{suffix}"))
-    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 4, 5))
+    decoded = common.decode(str(tmp_path / f"x{suffix}"))
+    assert (decoded.mode, decoded.size) == ("RGB", (5, 4))
+    pixels = vision.pil_to_tensor(decoded)
     assert (pixels.int() - torch.tensor(rgb)[:, None, None]).abs().max() <= 3
 
 
 def test_an_animated_gif_is_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    assert common.decode(tmp_path / "x.gif")[:, 3, 3].tolist() == [255, 0, 0]
+    assert common.decode(tmp_path / "x.gif").getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_a_tensor_is_decoded_as_it_is():
+    picture = toy().train[0][0]
+    assert torch.equal(vision.pil_to_tensor(common.decode(picture)), picture)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")
+def test_a_pipe_is_no_picture_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(common.Error, match="x.png"):
+        common.decode(tmp_path / "x.png")
 
 
 # --- random boxes
 
 
+@pytest.fixture
+def boxes(monkeypatch):
+    """The (top, left, height, width) of all boxes that are cut out, which show nothing."""
+    found = []
+
+    def cut(image, top, left, height, width, size, interpolation):
+        found.append((top, left, height, width))
+        return Image.new("RGB", size)
+
+    monkeypatch.setattr(common.vision, "resized_crop", cut)
+    return found
+
+
+def ours(boxes, height, width, crop, n):
+    """(n, 4): the boxes of n training views."""
+    image, numbers = Image.new("RGB", (width, height)), random.Random(0)
+    for _ in range(n):
+        common.train_view(image, 8, crop, numbers)
+    return np.array(boxes)
+
+
+def torchvisions(height, width, crop, n):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        draw, image = transforms.RandomResizedCrop.get_params, Image.new("RGB", (width, height))
+        return np.array([draw(image, list(crop), [3 / 4, 4 / 3]) for _ in range(n)])
+
+
+def drawn_alike(a, b):
+    """Whether two samples' means and distributions differ by no more than chance: by 4 standard
+    errors, and by Kolmogorov and Smirnov's bound for one pair in 10,000."""
+    n, at = len(a), np.concatenate([a, b])
+    shares = [np.searchsorted(np.sort(x), at, side="right") / n for x in (a, b)]
+    means = abs(a.mean() - b.mean()) <= 4 * np.sqrt((a.var() + b.var()) / n)
+    return means and abs(shares[0] - shares[1]).max() < 2.23 * np.sqrt(2 / n)
+
+
 @pytest.mark.parametrize("crop", [(0.08, 1.0), (0.5, 1.0)])
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (32, 32), (224, 300), (90, 31)])
-def test_random_boxes_are_torchvisions_number_by_number(height, width, crop):
-    picture = torch.empty(3, height, width)
-    for seed in range(200):
-        torch.manual_seed(seed)
-        usual = transforms.RandomResizedCrop.get_params(picture, list(crop), [3 / 4, 4 / 3])
-        generator = torch.Generator().manual_seed(seed)
-        assert tuple(common.random_box(height, width, crop, generator)) == tuple(usual), seed
+def test_random_boxes_are_spread_as_torchvisions(height, width, crop, boxes):
+    setting = height, width, crop, 4000
+    found, usual = ours(boxes, *setting), torchvisions(*setting)
+    top, left, h, w = found.T
+    assert min(top.min(), left.min()) >= 0 and min(h.min(), w.min()) > 0
+    assert (top + h).max() <= height and (left + w).max() <= width
+    for what in (
+        lambda top, left, h, w: h * w,
+        lambda top, left, h, w: np.log(w / h),
+        lambda top, left, h, w: (top + 0.5) / (height - h + 1),  # among the places that it has
+        lambda top, left, h, w: (left + 0.5) / (width - w + 1),
+    ):
+        assert drawn_alike(what(*found.T), what(*usual.T))
 
 
-@pytest.mark.parametrize("height, width", [(5, 1000), (1000, 5), (1, 1)])
-def test_a_very_long_picture_shows_its_centre(height, width):
-    usual = transforms.RandomResizedCrop.get_params
-    for seed in range(20):
-        torch.manual_seed(seed)
-        plain = usual(torch.empty(3, height, width), [0.9, 1.0], [3 / 4, 4 / 3])
-        generator = torch.Generator().manual_seed(seed)
-        box = common.random_box(height, width, (0.9, 1.0), generator)
-        assert tuple(box) == tuple(plain)
-        top, left, h, w = box
-        assert top >= 0 and left >= 0 and top + h <= height and left + w <= width and h * w > 0
+@pytest.mark.parametrize(
+    "height, width", [(5, 1000), (1000, 5), (1, 1), (31, 90), (302, 100), (7, 11), (99, 99)]
+)
+def test_where_no_box_fits_the_centre_is_shown(height, width, boxes):
+    setting = height, width, (1.0, 1.0), 20
+    found, usual = ours(boxes, *setting), torchvisions(*setting)
+    assert len(np.unique(usual, axis=0)) == 1 and (found == usual).all()
+    top, left, h, w = found[0]
+    assert top >= 0 and left >= 0 and top + h <= height and left + w <= width and h * w > 0
 
 
 # --- the loader
@@ -170,7 +265,8 @@ def test_views_depend_on_seed_epoch_and_picture_alone(clip):
     seen = epoch_of(cfg, clip, data, 1)
     more_threads = epoch_of(common.Config(batch_size=2, workers=8), clip, data, 1)
     with torch.random.fork_rng([]):
-        torch.manual_seed(99)  # the global stream takes no part
+        torch.manual_seed(99)  # the global streams take no part
+        random.seed(99)
         again = epoch_of(cfg, clip, data, 1)
     later = epoch_of(cfg, clip, data, 2)
     other = epoch_of(common.Config(batch_size=4, seed=2), clip, data, 1)
@@ -221,23 +317,35 @@ def test_a_broken_picture_ends_the_epoch_with_its_name(clip, tmp_path):
 
 
 def test_without_training_images_there_is_no_loader(clip):
-    with pytest.raises(common.Error, match="toy.*no training images"):
+    with pytest.raises(common.Error, match="toy has no images"):
         common.Loader(common.Config(), clip, toy()._replace(train=[]))
 
 
-def test_half_of_the_views_are_mirrored_and_boxes_come_from_the_data_sets_crop(clip, monkeypatch):
-    crops, square = set(), torch.zeros(3, 100, 100, dtype=torch.uint8)
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_that_name_no_class_are_refused(label, clip):
+    items = [*toy().train, (toy().train[0][0], label, "dog")]
+    with pytest.raises(common.Error, match="toy: labels"):
+        common.Loader(common.Config(), clip, toy()._replace(train=items))
+
+
+def test_half_of_the_views_are_mirrored(clip):
+    square = torch.zeros(3, 100, 100, dtype=torch.uint8)
     square[:, :, 50:] = 255
-
-    def whole(height, width, crop, generator):
-        crops.add(crop)
-        return 0, 0, height, width
-
-    monkeypatch.setattr(common, "random_box", whole)
-    data = toy()._replace(train=[(square, 0, "cat")], crop=(0.3, 0.9))
+    data = toy()._replace(train=[(square, 0, "cat")], crop=(1.0, 1.0))  # all of it
     loader = common.Loader(common.Config(), clip, data)
     flips = [bool(loader.view(epoch, 0)[0, 0, 0] > 128) for epoch in range(400)]
-    assert 160 < sum(flips) < 240 and (0.3, 0.9) in crops
+    assert 160 < sum(flips) < 240
+
+
+def test_boxes_come_from_the_data_sets_crop(clip, boxes):
+    square = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    data = toy()._replace(train=[(square, 0, "cat")], crop=(0.3, 0.4))
+    loader = common.Loader(common.Config(), clip, data)
+    for epoch in range(400):
+        loader.view(epoch, 0)
+    shares = [h * w / 100**2 for _, _, h, w in boxes]
+    assert len(shares) == 400
+    assert 0.29 < min(shares) < 0.31 and 0.39 < max(shares) < 0.41
 
 
 @pytest.mark.parametrize("picture", [torch.rand(3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8)])

@@ -220,17 +220,18 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(name, flags, tmp_
     assert stages["it had ended"] <= KILLS / 2
 
 
-def test_finished_runs_are_skipped_and_force_redoes_them(flags, tmp_path):
+def test_finished_runs_are_evaluated_anew_and_force_redoes_them(flags, tmp_path):
     options = [*flags, "--out", tmp_path / "runs"]
     run("coop", *options)
     wanted = result(tmp_path / "runs")
     files = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")}
-    run("coop", *options, disturb=(read_only, str(tmp_path / "runs")))
-    assert {path: path.read_bytes() for path in files} == files
-    run("coop", *options, "--force")
-    assert result(tmp_path / "runs") == wanted
-    changed = {path.name for path in files if path.read_bytes() != files[path]}
-    assert changed >= {"prompt.safetensors", "results.json"}  # by their seconds
+    for more in [], ["--force"]:
+        run("coop", *options, *more)
+        assert result(tmp_path / "runs") == wanted
+        assert set((tmp_path / "runs").rglob("*.*")) == files.keys()
+        changed = {path.name for path in files if path.read_bytes() != files[path]}
+        again = {"config.json", "prompt.safetensors"} if more else set()  # it holds the seconds
+        assert changed == {"results.json"} | again
 
 
 def test_an_interrupted_run_is_one_line_and_goes_on(flags, tmp_path):
@@ -403,8 +404,9 @@ ABOUTS = {
     "a number": 1,
     "no method": {"method": None},
     "another method": {"method": "dpt"},
-    "another CLIP": {"fingerprint": "0" * 16},
-    "no pictures": {"pictures": None},
+    "another CLIP": {"CLIP": "0" * 16},
+    "another training set": {"training set": "0" * 32},
+    "no training set": {"training set": None},
     "no configuration": {"config": None},
     "a list of options": {"config": [1]},
     "an unknown option": {"config": {"wings": 2}},
@@ -456,7 +458,7 @@ def test_a_hostile_prompt_file_is_one_line(kind, trained, flags):
     spoilt = path.read_bytes()
     load = ["--data", flags[1], "--out", out, "--load", path.parent]
     assert str(path.parent) in refusal("coop", *load)
-    if "option" not in kind and "configuration" not in kind:  # which only --load asks for
+    if kind != "an unknown option":  # which only --load asks for
         assert str(path.parent) in refusal("coop", *flags, "--out", out)
     assert path.read_bytes() == spoilt
     assert not list(out.rglob("executed")) and not list(out.rglob("results.json"))
@@ -528,7 +530,7 @@ def test_training_on_changed_pictures_is_refused_unless_forced(kind, mine):
             (file,) = out.rglob(name)
             before = file.read_bytes()
             line = refusal("coop", *options, "--out", out)
-            assert "other pictures" in line and "--force" in line
+            assert "with another training set; --force" in line
             assert file.read_bytes() == before
         old = result(out)
         run("coop", *options, "--force", "--out", out)

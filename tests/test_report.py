@@ -28,7 +28,7 @@ def record(method="coop", on="dtd", seed=1, value=60.0, config=None, **other):
         "accuracy": value,
         "mean_class_accuracy": value - 10,
         "zero_shot": 50.0,
-        "zero_shot_mean_class": 40.0,
+        "mean_class_zero_shot": 40.0,
         "intra_class_variance": 0.2,
         "inter_class_variance": 0.1,
     }

@@ -1,5 +1,6 @@
 """Trainings that are interrupted, resumed, repeated or refused."""
 
+import contextlib
 import json
 
 import pytest
@@ -51,8 +52,8 @@ def test_runs_agree_bit_for_bit_also_when_one_was_interrupted(method, fit, tmp_p
 def trained(clip, tmp_path):
     """trained(data, ...) trains a small prompt for two epochs of one step; returns its epochs."""
 
-    def trained(data, clip=clip, stop_after=None, prompt=None, **options):
-        cfg = coop.Config(out=str(tmp_path), **options)
+    def trained(data, clip=clip, stop_after=None, prompt=None, config=coop.Config, **options):
+        cfg = config(out=str(tmp_path), **options)
         prompt = prompt or torch.nn.Linear(2, 1)
         optimizer, epochs = optimizer_of(prompt.parameters(), 2), []
         for epoch in common.resumed(cfg, clip, data, prompt, optimizer):
@@ -77,7 +78,8 @@ def test_a_finished_prompt_says_what_it_belongs_to(trained, clip, tmp_path):
     folder = next(tmp_path.rglob("prompt.safetensors")).parent
     tensors, about = common.read_prompt(folder)
     assert tensors.keys() == {"weight", "bias"}
-    assert (about["method"], about["fingerprint"]) == ("coop", clip.fingerprint)
+    assert (about["method"], about["CLIP"]) == ("coop", clip.fingerprint)
+    assert about["training set"] == common.digest(toy().train)
     assert about["classnames"] == {"toy": toy().classnames} and about["config"]["seed"] == 1
     assert about["train_seconds"] > 0
     assert json.loads((folder / "config.json").read_text())["n_ctx"] == coop.Config.n_ctx
@@ -102,14 +104,14 @@ def test_other_pictures_labels_or_names_are_refused_until_forced(trained, kind, 
     else:
         with pytest.raises(KeyboardInterrupt):
             trained(toy(), stop_after=1)
-    with pytest.raises(common.Error, match="--force"):
+    with pytest.raises(common.Error, match="another training set; --force"):
         trained(changed(kind))
     assert trained(changed(kind), force=True) == [0, 1]
 
 
 def test_another_clip_or_a_prompt_of_another_size_is_refused(trained, odd):
     trained(toy())
-    with pytest.raises(common.Error, match="CLIP.*--force"):
+    with pytest.raises(common.Error, match="another CLIP; --force"):
         trained(toy(), clip=odd)
     with pytest.raises(common.Error, match="does not fit"):
         trained(toy(), prompt=torch.nn.Linear(3, 1))
@@ -135,6 +137,38 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path, content):
     path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     with pytest.raises(common.Error, match="checkpoint.pt"):
         trained(toy())
+
+
+FOREIGN = {  # in place of a checkpoint's parts
+    "no about": {"about": [1]},
+    "an empty about": {"about": {}},
+    "a word for an epoch": {"epoch": "x"},
+    "no prompt": {"prompt": [1]},
+    "no optimizer": {"optimizer": {}},
+    "an optimizer of nothing": {"optimizer": {"sgd": {"state": {}, "param_groups": []}}},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_checkpoint_of_something_else_is_named(trained, tmp_path, kind):
+    with pytest.raises(KeyboardInterrupt):
+        trained(toy(), stop_after=1)
+    path = next(tmp_path.rglob("checkpoint.pt"))
+    torch.save(torch.load(path) | FOREIGN[kind], path)
+    with pytest.raises(common.Error, match="checkpoint.pt is damaged.*--force"):
+        trained(toy())
+    assert trained(toy(), force=True) == [0, 1]
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+def test_a_run_of_another_method_is_refused(trained, tmp_path, finished):
+    with contextlib.suppress(KeyboardInterrupt):
+        trained(toy(), stop_after=None if finished else 1)
+    cfg = dpt.Config(out=str(tmp_path))
+    common.run_folder(cfg).parent.mkdir(parents=True)
+    next(tmp_path.rglob("16shots*")).rename(common.run_folder(cfg))
+    with pytest.raises(common.Error, match="another method; --force"):
+        trained(toy(), config=dpt.Config)
 
 
 def test_no_code_in_a_checkpoint_is_run(trained, tmp_path):
