@@ -263,7 +263,7 @@ def looks(run, data):
     target = learned.sets[0]
     test = common.load_dataset(target.name, data).test
     test = [test[(i + 1) * len(test) // (COUNT + 1)] for i in range(COUNT)]
-    x = common.views(learned.clip, [common.decode(picture) for picture, _, _ in test])
+    x = common.views(learned.clip, [picture for picture, _, _ in test])
     f = common.unit_features(learned.clip, x)
     logits = ask.classifier(learned, target)(x, f)
     top = dpt.selected(learned.cfg, f, attention.zero_shot(learned, target))
