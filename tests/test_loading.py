@@ -209,6 +209,21 @@ def test_an_unknown_model_tag_folder_or_device_is_named(arguments, said):
         common.load_clip(*arguments)
 
 
+@pytest.mark.parametrize("colours", [{"std": [0.2, 0.0, 0.2]}, {"mean": [0.5, 0.5], "std": [1, 1]}])
+def test_colours_that_cannot_be_are_refused(tmp_path, colours):
+    name = described(tmp_path)
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess_cfg": colours}))
+    with pytest.raises(common.Error, match="image mean and std"):
+        load(name)
+
+
+def test_the_fingerprint_does_not_depend_on_how_torch_prints_a_layer(monkeypatch):
+    before = built().fingerprint
+    monkeypatch.setattr(torch.nn.LayerNorm, "extra_repr", lambda self: "another version")
+    assert built().fingerprint == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_cuda_its_name_is_refused():
     with pytest.raises(common.Error, match="--device cuda"):

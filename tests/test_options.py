@@ -2,11 +2,13 @@
 
 import dataclasses
 import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 import coop
@@ -32,6 +34,11 @@ def folder(**options):
         ("--transfer nowhere", "nowhere"),
         ("--model ViT-B-61", "ViT-B-61"),
         ("--device cuda:99", "cuda:99"),
+        ("--device meta", "--device meta"),
+        ("--n_ctx 0", "nothing to learn"),
+        ("--lr nan", "--lr"),
+        ("--dataset=", "no data set or folder ''"),
+        ("--transfer textures,,nowhere", "nowhere"),
         ("--load nowhere", "nowhere"),
         ("--n_ctx 80", "too long"),
         ("--init of_a", "--init"),
@@ -68,6 +75,9 @@ def test_a_shell_sees_one_line_and_exit_code_2(world, tmp_path):
     [
         (common.Error("a\nb\x1b[31m"), r"error: a\nb\x1b[31m"),
         (OSError(2, "No such file", "x.jpg"), "x.jpg"),
+        (MemoryError(), "--batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch_size"),
         (KeyboardInterrupt(), "interrupted"),
     ],
 )
@@ -88,9 +98,21 @@ def test_a_line_shows_what_a_console_cannot_by_its_number():
     assert console.buffer.getvalue() == rb"\xe9 \u732b\n\udce9" + b"\n"
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        common.script(lambda: 1 / 0)
+@pytest.mark.parametrize("problem", [ZeroDivisionError(), RuntimeError("illegal memory access")])
+def test_a_bug_keeps_its_traceback(problem):
+    def main():
+        raise problem
+
+    with pytest.raises(type(problem)):
+        common.script(main)
+
+
+def test_a_closed_stderr_is_no_fault(world, tmp_path):
+    command = [sys.executable, str(HERE / "common.py"), "--dataset", "textures", "--device", "cpu"]
+    command += ["--data", str(world), "--out", str(tmp_path)]
+    line = f"{shlex.join(command)} 2>&-"
+    ended = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and ended.stdout.splitlines()[-1].startswith("textures 0 shots")
 
 
 def test_a_script_gives_what_its_main_gives():
