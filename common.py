@@ -77,7 +77,7 @@ class Config:
     dataset: str = "shapes"  # a benchmark's name, or a folder of yours
     shots: int = 16  # training images per class; 0 = all
     seed: int = 1  # of the picks, the start, the order and the views
-    classes: Literal["all", "base"] = "all"  # base: train on the first half; base, new and H
+    classes: Literal["all", "base"] = "all"  # base: train on the first half, test on each half
     transfer: str = ""  # comma list of further data sets to evaluate the trained prompt on
     load: str = ""  # folder of a finished run: evaluate it, train nothing
     model: str = ""  # open_clip name, local-dir:DIR, hf-hub:NAME; "" = the paper's, or shapes' own
@@ -95,7 +95,7 @@ class Config:
     def __post_init__(self):
         for name, value in vars(self).items():
             least = 1 if name in ("batch_size", "workers") else 0
-            usual = value == getattr(type(self), name)  # such as -1 for the paper's own
+            usual = value == getattr(type(self), name)  # may lie below, as -1 for the paper's own
             if isinstance(value, (int, float)) and not usual and not value >= least:
                 raise Error(f"--{name} must be at least {least}")
 
@@ -120,7 +120,7 @@ def cli(cls, argv=None):
     )
     own, shared = comments(cls), comments(Config)
     fields = cls.__dataclass_fields__
-    for name, note in (own | shared | own).items():  # the method's own options first
+    for name, note in (own | shared | own).items():  # own options first, and with their own note
         field = fields[name]
         kind = {"type": field.type}
         if field.type is bool:
@@ -133,6 +133,9 @@ def cli(cls, argv=None):
     if typed.get("load"):
         config = read_prompt(typed["load"])[1]["config"]
         trained = {name: value for name, value in config.items() if name not in NOT_LEARNED}
+        for name in trained.keys() & typed.keys() - {"model", "pretrained", "precision"}:
+            if typed[name] != trained[name]:
+                raise Error(f"--load {typed['load']}: it was trained with --{name} {trained[name]}")
     try:
         return cls(**trained | typed)
     except TypeError as problem:
@@ -254,11 +257,10 @@ class Clip:
 
 
 def fingerprint(model):
-    """Hash of a model's weights, kinds of layers (its activation among them) and heads."""
-    layers = [
-        (type(module).__name__, getattr(module, "num_heads", 0)) for module in model.modules()
-    ]
-    total = hashlib.sha256(str(layers).encode())
+    """Hash of a model's weights, kinds of layers (its activation among them), heads and colours."""
+    layers = [[type(layer).__name__, getattr(layer, "num_heads", 0)] for layer in model.modules()]
+    colours = model.visual.image_mean, model.visual.image_std
+    total = hashlib.sha256(f"{layers} {colours}".encode())
     for name, tensor in model.state_dict().items():
         total.update(name.encode() + tensor.numpy().tobytes())
     return total.hexdigest()[:16]
@@ -277,7 +279,9 @@ def load_clip(model, pretrained="openai", device="", precision=""):
     precision = precision or ("amp" if device.startswith("cuda") else "fp32")
     try:
         torch.zeros(1, device=device).item()
-        built = build_model(model, pretrained)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)  # random weights are the same in every process
+            built = build_model(model, pretrained)
         if not supported(built):
             raise Error("it is not of open_clip's class CLIP with OpenAI's towers")
         return Clip(built, open_clip.get_tokenizer(model), device, precision)
@@ -352,7 +356,7 @@ def read_weights(path):
 
 class Layout:
     """Where the own tokens of K classes stand: in one list of n tokens for all but attention, and
-    padded to K rows of S places for attention. Made on the host.
+    padded to K rows of S places for attention. Computed on the host, where lengths stays.
 
     token (n,): the place, among K * S, of each token of the list; padded (K * S,): the token of the
     list at each place, and where none stands the class's EOT; last (K,): each EOT in the list; mask
@@ -375,7 +379,7 @@ class Layout:
 
 
 def encode_text(clip, prefix, suffix, layout, group=None):
-    """(K, D) fp32 features of the sequences prefix[group[k]] + suffix[k], read at their EOT.
+    """(K, D) fp32 features of sequences, prefix[group[k]] and behind it suffix[k], read at the EOT.
 
     Equals clip.encode_text of the same tokens, for less work, because the tower is causal: a prefix
     cannot see the class behind it, so each of the G prefixes runs once; nothing behind an EOT
@@ -392,8 +396,8 @@ def encode_text(clip, prefix, suffix, layout, group=None):
         x = torch.cat([(prefix + position[:P]).flatten(0, 1), own])  # (G * P + n, d)
         for block in clip.transformer.resblocks:
             x = x + block.ls_1(attend(block.attn, block.ln_1(x), G, P, group, layout))
-            if block is clip.transformer.resblocks[-1]:
-                x = x[G * P :].index_select(0, layout.last)  # (K, d): only the EOTs are read
+            if block is clip.transformer.resblocks[-1]:  # whose MLP need see the EOTs alone
+                x = x[G * P :].index_select(0, layout.last)  # (K, d)
             x = x + block.ls_2(block.mlp(block.ln_2(x)))
         return (clip.ln_final(x) @ clip.text_projection).float()
 
@@ -438,7 +442,7 @@ def encode_image(clip, images, prompts=None, patches=False):
 
     prompts(i, tokens) is asked before block i, and at i = -1 before ln_pre, and shown the image
     tokens (B, 1 + N, d). The rows that it returns, (P, d) or (B, P, d), replace the prompt rows,
-    which stand behind the image tokens; None keeps those that the block before put out. images
+    which stand behind the image tokens; None keeps those that stand there, if any. images
     (B, 3, H, W), normalised. Returns fp32 features (B, D), with patches also theirs (B, N, D).
     """
     visual = clip.visual
@@ -672,13 +676,14 @@ def listed(folder, wanted):
 
 
 def checked(name, parts, classnames):
-    """The Dataset of the lists train, val and test. Raises Error for a class without images."""
+    """The Dataset of the lists train, val and test. Raises Error for a class without images, and
+    for fewer than two classes."""
     train, val, test = parts
     for kind, items in ("training", train or test), ("test", test):
         labels = {label for _, label, _ in items}
         missing = sorted(set(range(max(2, len(classnames)))) - labels)
         if missing:
-            c = [*classnames, missing[0]][missing[0]]
+            c = classnames[missing[0]] if missing[0] < len(classnames) else missing[0]
             raise Error(f"{name}: class {c!r}, of at least two, has no {kind} image")
     return Dataset(name, train, val, test, classnames)
 
@@ -803,7 +808,7 @@ def ahead(workers, function, batches):
     """Yields [function(item) for item in batch] of each batch, on which threads work before it is
     asked for."""
     pool, pending = ThreadPoolExecutor(workers), deque()
-    for batch in [*batches, *[[]] * AHEAD]:
+    for batch in [*batches, *[[]] * AHEAD]:  # the empty ones drive out the last
         pending.append(pool.map(function, batch))
         if len(pending) > AHEAD:
             yield list(pending.popleft())
@@ -862,7 +867,7 @@ class Optimizer:
 
     After k epochs the rate is 1e-5 while k < warmup, then lr/2 (1 + cos(pi (k - warmup) / epochs)),
     never 0; with repeat, k counts the schedule's steps, and the rate can touch 0 and rise again.
-    groups: parameters, or dicts {"params", "lr", "warmup"}. Where CLIP runs in fp16,
+    groups: parameters, or dicts {"params", "lr", "warmup"} (else 1). Where CLIP runs in fp16,
     GradScaler scales the loss, and SGD, one fused kernel, skips a step whose gradients overflow,
     without a wait of the host. repeat: steps per gradient and epoch, 1 but for SoftCPT's release.
     """
@@ -941,7 +946,8 @@ def resumed(cfg, clip, data, prompt, optimizer):
     if cfg.force and not cfg.load and folder.exists():
         shutil.rmtree(folder)
     kept = None
-    with contextlib.suppress(FileNotFoundError):  # read first: who ends a run deletes it last
+    # Read before looking for the prompt: another process writes that, and then deletes this
+    with contextlib.suppress(FileNotFoundError):
         kept = part.read_bytes()
     if cfg.load or final.exists():
         tensors, saved = read_prompt(folder)
@@ -1143,6 +1149,8 @@ class ZeroShot(Config):
 
 def zero_shot(cfg):
     """Zero-shot CLIP, the smallest method (CoOp trainers/zsclip.py)."""
+    if cfg.load:
+        raise Error("zero-shot CLIP learns nothing that --load could load")
     data = few_shot(cfg)
     clip = load_clip(cfg)
 

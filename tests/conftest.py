@@ -4,12 +4,14 @@ import contextlib
 import json
 import runpy
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from tqdm import tqdm
 
 import common
 import coop
@@ -18,6 +20,9 @@ import enprompt
 import softcpt
 import upt
 from tests.tools import shapes
+
+# tqdm's own lock is shared with forked children; one that is killed within it would stop us all
+tqdm.set_lock(threading.RLock())
 
 HERE = Path(common.__file__).parent
 NAMES = ["cat", "striped_star", "a very blurry hourglass"]  # of one, two and more tokens

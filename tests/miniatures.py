@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import common
 import coop
@@ -300,6 +302,7 @@ processes = multiprocessing.get_context("spawn")
 if "forkserver" in multiprocessing.get_all_start_methods():  # its children have imported torch
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.miniatures"])
+tqdm.set_lock(threading.RLock())  # its own one children share, and one is killed within it
 
 
 def child(command, *arguments, log=os.devnull):

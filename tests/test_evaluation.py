@@ -205,7 +205,9 @@ def test_a_loaded_run_is_evaluated_and_not_trained(fit, tmp_path, monkeypatch, s
     targets = [row["evaluated_on"] for row in json.loads((folder / "results.json").read_text())]
     assert sorted(targets) == ["shapes", "textures"]
     code, _, err = shell("coop.py", "--load", str(folder), "--n_ctx", "5")
-    assert code == 2 and "does not fit" in err
+    assert code == 2 and "trained with --n_ctx 3" in err
+    with pytest.raises(common.Error, match="does not fit"):
+        fit(coop, load=str(folder), n_ctx=5)
     with pytest.raises(common.Error, match="another method"):
         fit(dpt, load=str(folder))
 
@@ -247,10 +249,15 @@ def test_the_command_line_fills_the_config():
     assert cfg.position == "front" and not cfg.force
 
 
-def test_load_takes_the_options_of_the_run_but_for_those_typed(fit, tmp_path):
+def test_load_takes_the_options_of_the_run_and_its_clip_may_be_typed(fit, tmp_path):
     fit(coop, n_ctx=3, csc=True, seed=5)
     folder = str(next(tmp_path.rglob("prompt.safetensors")).parent)
-    cfg = common.cli(coop.Config, ["--load", folder, "--no-csc", "--device", "cpu"])
-    assert (cfg.n_ctx, cfg.csc, cfg.seed, cfg.shots, cfg.epochs) == (3, False, 5, 1, 1)
+    load = ["--load", folder, "--device", "cpu"]
+    cfg = common.cli(coop.Config, [*load, "--csc", "--model", "RN50", "--precision", "bf16"])
+    assert (cfg.n_ctx, cfg.csc, cfg.seed, cfg.shots, cfg.epochs) == (3, True, 5, 1, 1)
+    assert (cfg.model, cfg.precision) == ("RN50", "bf16")
+    for typed in ["--no-csc"], ["--lr", "0.1"], ["--shots", "16"], ["--dataset", "textures"]:
+        with pytest.raises(common.Error, match=f"trained with {typed[0].replace('no-', '')} "):
+            common.cli(coop.Config, [*load, *typed])
     assert (cfg.load, cfg.out, cfg.data) == (folder, "runs", "data")  # the machine's own
     assert common.run_folder(cfg) == Path(folder)

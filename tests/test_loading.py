@@ -218,6 +218,13 @@ def test_colours_that_cannot_be_are_refused(tmp_path, colours):
         load(name)
 
 
+def test_random_weights_are_the_same_in_every_process(small):
+    torch.manual_seed(3)
+    first = load("ViT-B-16")
+    torch.manual_seed(4)
+    assert load("ViT-B-16").fingerprint == first.fingerprint
+
+
 def test_the_fingerprint_does_not_depend_on_how_torch_prints_a_layer(monkeypatch):
     before = built().fingerprint
     monkeypatch.setattr(torch.nn.LayerNorm, "extra_repr", lambda self: "another version")
