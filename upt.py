@@ -19,7 +19,7 @@ https://arxiv.org/abs/2210.07225      official code: yuhangzang/UPT, commit 3d16
     python upt.py --dataset caltech101 --shots 16
     python upt.py --dataset caltech101 --shots 16 --official
 
-Result on shapes, 16 shots: 62.25 ± 2.00 % (n = 2; python upt.py --seed SEED), 6 minutes each,
+Result on shapes, 16 shots: 60.18 ± 2.75 % (n = 3; python upt.py --seed SEED), 6 minutes each,
 zero-shot 49.35; none on a benchmark yet.
 
 What the release computes: nn.MultiheadAttention is given (1, 2M, d_t) without batch_first, so it

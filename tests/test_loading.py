@@ -179,7 +179,7 @@ def test_the_draws_of_a_new_model_leave_a_prompts_start_alone(fit, clip, monkeyp
     assert not all(torch.equal(other[name], tensor) for name, tensor in first.items())
 
 
-def test_the_fingerprint_sees_weights_activation_and_heads():
+def test_the_fingerprint_sees_weights_activation_heads_and_colours():
     def fingerprint(change=None, **options):
         model = built(**options).model
         if change:
@@ -189,9 +189,12 @@ def test_the_fingerprint_sees_weights_activation_and_heads():
     def other_weight(model):
         model.visual.proj[0, 0] += 1e-3
 
-    found = [fingerprint(), fingerprint(other_weight)]
+    def other_colours(model):
+        model.visual.image_std = (0.1, 0.2, 0.3)
+
+    found = [fingerprint(), fingerprint(other_weight), fingerprint(other_colours)]
     found += [fingerprint(quick_gelu=False), fingerprint(head_width=24)]
-    assert fingerprint() == found[0] and len(set(found)) == 4
+    assert fingerprint() == found[0] and len(set(found)) == 5
 
 
 @pytest.mark.parametrize(
