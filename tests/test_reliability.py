@@ -76,6 +76,7 @@ def start(name, *options, disturb=None, log=None):
 def command(name, options, disturb, log):
     """What the command line does, in this process, with its output in the file log."""
     torch.set_num_threads(1)  # with more, this small work would wait for a busy machine's cores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's "&" has ignored
     method = METHODS[name]
     sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8")
     if disturb:
