@@ -33,8 +33,8 @@ LEGEND = """
 #2f7fd0 CoOp     context vectors V before the class name, learned themselves
 #c4620a DPT      V, prompts P in plain image layers, class-aware prompts Q in the last
 #9a5fd0 UPT      one set U through a small transformer, split into V and image prompts P
-#12856a SoftCPT  a meta-network W makes the context S from the name of the task
-#d0457a EnPrompt reconstruction: EnLa on text features, whose mean s shifts P; transport in the loss
+#12856a SoftCPT  a meta-network W makes S from the task name, read behind learned U
+#d0457a EnPrompt reconstruction: a linear layer (EnLa) on text features; their mean s shifts P
 """
 STYLE = """
 text { font: 13px "Segoe UI", Helvetica, Arial, sans-serif; fill: currentColor }
@@ -126,7 +126,7 @@ def draw_clip():
     image += [tower(570, "image tower", "LN"), arrow("M602 174 V127")]
     image += [box("568 80 68 44", "patch\nfeatures"), arrow("M680 80 V29 H554")]
     image += [arrow("M680 174 V127"), box("644 80 72 44", "image\nfeature f")]
-    logits = [arrow("M262 80 V29 H348"), box("351 14 200 30", "logits = s · cos(f, w)")]
+    logits = [arrow("M262 80 V29 H348"), box("351 14 200 30", "logits = cos(f, w) / τ")]
     return group("clip", *text, *image, *logits)
 
 
