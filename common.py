@@ -378,7 +378,7 @@ class Layout:
         self.mask = to_device(causal, device)
 
 
-def encode_text(clip, prefix, suffix, layout, group=None):
+def encode_text(clip, prefix, suffix, eot, group=None, layout=None):
     """(K, D) fp32 features of sequences, prefix[group[k]] and behind it suffix[k], read at the EOT.
 
     Equals clip.encode_text of the same tokens, for less work, because the tower is causal: a prefix
@@ -386,12 +386,15 @@ def encode_text(clip, prefix, suffix, layout, group=None):
     reaches it, so a class's own tokens end there. Linear layers and norms see one list without
     padding: the G * P prefix tokens, then the n own tokens of all classes.
 
-    prefix (G, P, d) and suffix (K, S, d): token embeddings, positions not yet added; layout: where
-    the suffixes' tokens stand; group (K,): each class's prefix, unread where there is one for all.
+    prefix (G, P, d) and suffix (K, S or more, d): token embeddings, positions not yet added; eot
+    (K,): place of the EOT in the whole; group (K,): each class's prefix, unread where there is one
+    for all; layout: what Names has kept, else made of eot.
     """
-    (G, P, _), S = prefix.shape, suffix.shape[1]
+    G, P, _ = prefix.shape
+    layout = layout or Layout(eot.cpu() + 1 - P, P, clip.device)
     position = clip.positional_embedding
-    own = (suffix + position[P : P + S]).flatten(0, 1).index_select(0, layout.token)
+    own = suffix[:, : layout.S] + position[P : P + layout.S]  # (K, S, d)
+    own = own.flatten(0, 1).index_select(0, layout.token)  # (n, d)
     with clip.autocast():
         x = torch.cat([(prefix + position[:P]).flatten(0, 1), own])  # (G * P + n, d)
         for block in clip.transformer.resblocks:
@@ -480,17 +483,24 @@ def unit_features(clip, images):
 
 class Names(NamedTuple):
     """K class names as tokens around a context, [SOS] V ... V <name>. [EOT]: sos (1, 1, d) and tail
-    (K, S, d), from the name on, are embeddings; layout says where the tail's tokens stand."""
+    (K, S, d), from the name on, are embeddings; eot (K,), on the host, is the EOT's place in the
+    whole; layouts holds those made so far."""
 
     sos: torch.Tensor
     tail: torch.Tensor
-    layout: Layout
+    eot: torch.Tensor
+    layouts: dict
 
     def select(self, columns):
         """The Names of some classes; columns: their indices, on the host."""
-        layout = Layout(self.layout.lengths[columns], self.layout.P, self.tail.device)
         tail = self.tail.index_select(0, to_device(columns, self.tail.device))
-        return Names(self.sos, tail[:, : layout.S], layout)
+        return Names(self.sos, tail, self.eot[columns], {})
+
+    def layout(self, P):
+        """The Layout behind a prefix of P tokens, made once."""
+        if P not in self.layouts:
+            self.layouts[P] = Layout(self.eot + 1 - P, P, self.tail.device)
+        return self.layouts[P]
 
 
 def embed_names(clip, names, n_ctx, template="{}."):
@@ -501,17 +511,29 @@ def embed_names(clip, names, n_ctx, template="{}."):
         if len(clip.tokenize.encode(text)) + 2 > clip.context_length:
             raise Error(f"class name {name[:60]!r} is too long for {clip.context_length} tokens")
     ids = clip.tokenize(texts)  # (K, 77); the EOT has the largest id
-    layout = Layout(ids.argmax(1) - n_ctx, 1 + n_ctx, clip.device)
-    ids = ids[:, : layout.P + layout.S].contiguous()
-    x = clip.token_embedding(to_device(ids, clip.device))
-    return Names(x[:1, :1], x[:, layout.P :], layout)
+    eot = ids.argmax(1)
+    x = clip.token_embedding(to_device(ids[:, : eot.max() + 1].contiguous(), clip.device))
+    return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, {})
 
 
-def encode_prompts(clip, names, ctx, group=None):
-    """(K, D) features of the prompts [SOS] V <name>. [EOT] (official trainers/coop.py). ctx
-    (G, M, d): the contexts V, for names with room for M; group (K,): each class's."""
-    prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx], 1)
-    return encode_text(clip, prefix, names.tail, names.layout, group)
+def encode_prompts(clip, names, ctx, group=None, position="end"):
+    """(K, D) features of the prompts [SOS] V <name>. [EOT] (official trainers/coop.py).
+
+    names: with room for M vectors; ctx (G, M, d): the contexts V; group (K,): each class's, unread
+    where there is one; position of the name: at V's "end", in its "middle", or in "front" of it.
+    """
+    M = ctx.shape[1]
+    behind = {"end": 0, "middle": M - M // 2, "front": M}[position]  # vectors after the name
+    before, after = ctx[:, : M - behind], ctx[:, M - behind :]
+    prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), before], 1)
+    layout, suffix = names.layout(prefix.shape[1]), names.tail
+    if behind:  # turn V V NAME NAME . EOT left by len(after), all but its last two
+        after = after.index_select(0, group) if len(ctx) > 1 else after.expand(len(suffix), -1, -1)
+        end = layout.eot[:, None] - 1  # (K, 1)
+        place = torch.arange(suffix.shape[1] + behind, device=clip.device)
+        order = torch.where(place < end, (place + behind) % end, place)
+        suffix = torch.cat([after, suffix], 1).take_along_dim(order[..., None], 1)
+    return encode_text(clip, prefix, suffix, names.eot, group, layout)
 
 
 @torch.no_grad()
@@ -763,9 +785,14 @@ def regular(path):
     return Path(path)
 
 
-def views(clip, pictures):
-    """(B, 3, side, side) normalised test views of paths or tensors."""
-    return normalised(clip, [test_view(decode(picture), clip.image_size) for picture in pictures])
+def views(clip, pictures, boxes=None, mirror=None):
+    """(B, 3, side, side) normalised views of paths or tensors: of boxes (top, left, height, width),
+    mirrored where mirror says; without boxes the test views."""
+    side, images = clip.image_size, [decode(picture) for picture in pictures]
+    if boxes is None:
+        return normalised(clip, [test_view(image, side) for image in images])
+    cuts = zip(images, boxes, mirror or [False] * len(images), strict=True)
+    return normalised(clip, [boxed_view(image, side, box, flip) for image, box, flip in cuts])
 
 
 def test_view(image, side):
@@ -790,8 +817,13 @@ def train_view(image, side, crop, numbers):
     else:  # of a very long picture the centre
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    view = vision.pil_to_tensor(vision.resized_crop(image, top, left, h, w, [side, side], BICUBIC))
-    return view.flip(-1) if numbers.random() < 0.5 else view
+    return boxed_view(image, side, (top, left, h, w), numbers.random() < 0.5)
+
+
+def boxed_view(image, side, box, flip):
+    """(3, side, side) uint8: the box (top, left, height, width) resized, mirrored or not."""
+    view = vision.pil_to_tensor(vision.resized_crop(image, *box, [side, side], BICUBIC))
+    return view.flip(-1) if flip else view
 
 
 def normalised(clip, views):

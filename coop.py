@@ -58,7 +58,7 @@ class PromptLearner(nn.Module):
     def __init__(self, cfg, clip, K):
         """Starts V from noise or from the words of cfg.init. Raises common.Error."""
         super().__init__()
-        self.csc = cfg.csc
+        self.csc, self.position = cfg.csc, cfg.position
         d = clip.token_embedding.weight.shape[1]
         ctx = 0.02 * torch.randn(K if cfg.csc else 1, cfg.n_ctx, d)
         if cfg.csc and (cfg.transfer or cfg.classes == "base"):
@@ -69,25 +69,13 @@ class PromptLearner(nn.Module):
                 raise common.Error(f"--init {cfg.init!r} needs one token a word, and no --csc")
             ctx = clip.token_embedding.weight[ids][None].float()
         self.ctx = nn.Parameter(ctx)  # (1 or K, M, d)
-        M = ctx.shape[1]
-        self.before = {"end": M, "middle": M // 2, "front": 0}[cfg.position]  # the name
-
-    def embed(self, clip, classnames):
-        """The common.Names of class names in V, with an X in each place behind a name."""
-        behind = " X" * (self.ctx.shape[1] - self.before)
-        return common.embed_names(clip, classnames, self.before, "{}" + behind + ".")
 
     def forward(self, clip, names):
         """w (K, D), the unit text features of the classes."""
-        K, M, d = len(names.tail), *self.ctx.shape[1:]
-        before, after = self.ctx.split([self.before, M - self.before], 1)
-        if self.before < M:
-            place = torch.arange(self.before - M, 0, device=clip.device) - 1  # from the EOT
-            place = (names.layout.eot[:, None] + place)[..., None].expand(-1, -1, d)
-            tail = names.tail.scatter(1, place, after.expand(K, -1, -1))
-            names = names._replace(tail=tail)
-        own = torch.arange(K, device=clip.device) if self.csc else None
-        return F.normalize(common.encode_prompts(clip, names, before, own), dim=-1)
+        K = len(names.tail)
+        context_of = torch.arange(K, device=clip.device) if self.csc else None
+        w = common.encode_prompts(clip, names, self.ctx, context_of, self.position)
+        return F.normalize(w, dim=-1)
 
 
 def train(cfg, clip, data, prompt):
@@ -95,7 +83,7 @@ def train(cfg, clip, data, prompt):
     epochs = 50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200)
     optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or epochs)
     images = common.Loader(cfg, clip, data)
-    names = prompt.embed(clip, data.classnames)
+    names = common.embed_names(clip, data.classnames, prompt.ctx.shape[1])
     for epoch in common.resumed(cfg, clip, data, prompt, optimizer):
         for x, y in images.epoch(epoch):
             f = common.unit_features(clip, x)  # (B, D), frozen
@@ -108,7 +96,7 @@ def classifier(cfg, clip, prompt, target):
     """w (K, D) of the class names of target, a common.Dataset. Raises common.Error."""
     if cfg.csc and len(target.classnames) != len(prompt.ctx):
         raise common.Error(f"--csc is for the classes it learned, not for {target.name}'s")
-    return prompt(clip, prompt.embed(clip, target.classnames))
+    return prompt(clip, common.embed_names(clip, target.classnames, prompt.ctx.shape[1]))
 
 
 def main(cfg):

@@ -112,8 +112,9 @@ class Templates:
         self.e = common.zero_shot_weights(clip, target, templates)
         sentences = [t.format(c) for c in target.classnames for t in templates]
         self.names = common.embed_names(clip, sentences, 0, "{}")
-        place = torch.arange(self.names.layout.S, device=clip.device)
-        self.inside = (place < self.names.layout.eot[:, None]).float()[..., None]
+        place = torch.arange(self.names.tail.shape[1], device=clip.device)
+        eot = self.names.layout(1).eot  # (K * N,) behind [SOS]
+        self.inside = (place < eot[:, None]).float()[..., None]
 
 
 def is_source(cfg):

@@ -50,9 +50,7 @@ def test_untouched_embeddings_give_clips_own_text_features(clip):
     x, eot = clip.token_embedding(ids), ids.argmax(1)
     assert close(plain_text(clip, x, eot), clip.encode_text(ids))
     for P in 1, 3:  # a prefix for each, of one and of more tokens
-        layout = common.Layout(eot + 1 - P, P, clip.device)
-        suffix = x[:, P : P + layout.S]
-        ours = common.encode_text(clip, x[:, :P], suffix, layout, torch.arange(2))
+        ours = common.encode_text(clip, x[:, :P], x[:, P:], eot, torch.arange(2))
         assert close(ours, clip.encode_text(ids))
 
 
@@ -67,7 +65,7 @@ def test_names_of_any_length_and_number_give_clips_own_features(clip, classes):
 def test_what_stands_behind_an_eot_does_not_matter(clip):
     names = common.embed_names(clip, NAMES, 2)
     ours = common.encode_prompts(clip, names, words(clip, "a photo"))
-    for k, eot in enumerate(names.layout.eot.tolist()):
+    for k, eot in enumerate(names.layout(3).eot.tolist()):
         names.tail[k, eot + 1 :] = 1e3
     assert torch.equal(common.encode_prompts(clip, names, words(clip, "a photo")), ours)
 
@@ -76,8 +74,8 @@ def test_what_stands_behind_an_eot_does_not_matter(clip):
 def test_selected_names_are_those_of_the_columns(clip, columns):
     names, columns = common.embed_names(clip, CLASSES, 4), torch.tensor(columns)
     some, V = names.select(columns), words(clip, "a photo of a")
-    lengths = names.layout.lengths[columns]
-    assert torch.equal(some.layout.lengths, lengths) and some.tail.shape[1] == lengths.max()
+    lengths = names.layout(5).lengths[columns]
+    assert torch.equal(some.layout(5).lengths, lengths) and some.layout(5).S == lengths.max()
     every = common.encode_prompts(clip, names, V)
     assert close(common.encode_prompts(clip, some, V), every[columns])
 
@@ -85,8 +83,10 @@ def test_selected_names_are_those_of_the_columns(clip, columns):
 def test_a_layout_knows_its_lengths_on_the_host_and_its_eots(clip):
     names = common.embed_names(clip, NAMES, 3)
     counts = [len(clip.tokenize.encode(name.replace("_", " "))) for name in NAMES]
-    layout = names.layout
+    layout = names.layout(1 + 3)
+    assert layout is names.layout(1 + 3)  # made once
     assert layout.P == 1 + 3 and layout.S == names.tail.shape[1] == max(counts) + 2
+    assert names.eot.tolist() == [1 + 3 + count + 1 for count in counts]
     assert layout.eot.tolist() == [count + 1 for count in counts]  # behind name and "."
     assert layout.lengths.tolist() == [count + 2 for count in counts]
     assert layout.lengths.device.type == "cpu"
@@ -99,8 +99,7 @@ def test_a_name_that_ends_in_a_full_stop_keeps_its_tokens(clip):
 
 
 def test_a_name_may_fill_the_77_tokens_and_no_more(clip):
-    layout = common.embed_names(clip, ["cat " * 57 + "cat"], 16).layout
-    assert layout.P + layout.eot.item() == 76
+    assert common.embed_names(clip, ["cat " * 57 + "cat"], 16).eot.tolist() == [76]
     with pytest.raises(common.Error, match="class name 'dog dog.* too long"):
         common.embed_names(clip, ["cat", "dog " * 58 + "dog"], 16)
 

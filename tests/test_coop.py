@@ -100,7 +100,7 @@ def test_features_and_gradients_are_those_of_the_whole_sequence(odd, position, c
 def test_selected_names_keep_the_place_of_the_context(odd, position):
     _, prompt = start(odd, n_ctx=5, position=position)
     prompt.ctx.data *= 50
-    names, columns = prompt.embed(odd, [*NAMES, "dog"]), torch.tensor([3, 1])
+    names, columns = common.embed_names(odd, [*NAMES, "dog"], 5), torch.tensor([3, 1])
     some = prompt(odd, names.select(columns))
     assert torch.allclose(some, prompt(odd, names)[columns], atol=1e-5)
 

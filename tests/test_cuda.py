@@ -37,7 +37,7 @@ def test_towers_and_gradients_are_those_of_the_cpu(world, precision, position):
         prompt = coop.PromptLearner(coop.Config(n_ctx=4, position=position), clip, len(NAMES))
         start = words(clip, "a photo of a") if not found else found[0][-1]
         prompt.ctx.data = start.detach().to(clip.device)
-        w, ctx = prompt(clip, prompt.embed(clip, NAMES)), prompt.ctx
+        w, ctx = prompt(clip, common.embed_names(clip, NAMES, 4)), prompt.ctx
         torch.manual_seed(0)
         images = torch.randn(4, 3, 32, 32).to(clip.device)
         rows = torch.randn(2, 128).to(clip.device).requires_grad_()

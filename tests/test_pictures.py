@@ -352,3 +352,14 @@ def test_boxes_come_from_the_data_sets_crop(clip, boxes):
 def test_a_tensor_that_is_no_uint8_rgb_picture_is_refused(picture):
     with pytest.raises(common.Error, match="uint8 tensor"):
         common.decode(picture)
+
+
+def test_views_of_boxes_are_pils_crops_mirrored_where_asked():
+    pixels = np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    box = 3, 5, 20, 31  # top, left, height, width
+    picture = vision.pil_to_tensor(image)
+    ours = common.views(viewer(32), [picture] * 2, [box] * 2, [False, True])
+    expected = image.crop((5, 3, 5 + 31, 3 + 20)).resize((32, 32), Image.Resampling.BICUBIC)
+    plain = common.normalised(viewer(32), [vision.pil_to_tensor(expected)])[0]
+    assert torch.equal(ours[0], plain) and torch.equal(ours[1], plain.flip(-1))

@@ -72,7 +72,7 @@ class Chunked(torch.autograd.Function):
         return None, torch.cat(grads), None
 
 
-def plain_text(clip, prefix, suffix, layout, group=None):
+def plain_text(clip, prefix, suffix, eot, group=None, layout=None):
     """common.encode_text with every sequence padded to 77 tokens, all through the whole tower."""
 
     def encode(x, eot):
@@ -89,8 +89,8 @@ def plain_text(clip, prefix, suffix, layout, group=None):
     padding = clip.token_embedding.weight[0].expand(len(suffix), missing, -1)
     x = torch.cat([prefix, suffix, padding], 1)
     if len(x) > CHUNK and x.requires_grad and x.device.type == "cpu":
-        return Chunked.apply(encode, x, layout.P + layout.eot)
-    return encode(x, layout.P + layout.eot)
+        return Chunked.apply(encode, x, eot.to(x.device))
+    return encode(x, eot.to(x.device))
 
 
 def plain_image(clip, images, prompts=None, patches=False):
