@@ -1165,12 +1165,12 @@ def measured(cfg, clip, target, classifier):
 
 
 def commit():
-    """The repository's commit, "" where there is none."""
+    """The repository's commit, "" where there is none, or no git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    with contextlib.suppress(OSError):
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+        return ended.stdout.strip()
+    return ""
 
 
 @dataclasses.dataclass

@@ -425,14 +425,15 @@ def test_a_download_killed_at_any_moment_leaves_no_half_data_set(large, tmp_path
     assert killed > 1
 
 
-def test_processes_at_once_end_with_one_whole_data_set(large, tmp_path):
-    rng, root = random.Random(7), tmp_path / "data"
-    crowd = []
+@pytest.mark.parametrize("crowd", range(int(os.environ.get("CROWDS", 1))))
+def test_processes_at_once_end_with_one_whole_data_set(crowd, large, tmp_path):
+    rng, root = random.Random(crowd), tmp_path / "data"
+    children = []
     for _ in range(6):
-        crowd.append(started("dtd", root))
+        children.append(started("dtd", root))
         time.sleep(rng.uniform(0, 0.2))
-    crowd.pop(2)[0].kill()
-    for process, log in crowd:
+    children.pop(2)[0].kill()
+    for process, log in children:
         process.join()
         assert process.exitcode == 0, log.read_text()
         assert "Traceback" not in log.read_text()

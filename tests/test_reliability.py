@@ -31,6 +31,7 @@ import upt
 from tests.tools import shapes
 
 KILLS = int(os.environ.get("KILLS", 2))  # of each method
+PAIRS = int(os.environ.get("PAIRS", 2))  # of equal commands at once
 METHODS = {"coop": coop, "dpt": dpt, "upt": upt, "enprompt": enprompt, "softcpt": softcpt}
 MEASURED = ("evaluated_on", "classes", "accuracy", "zero_shot", "mean_class_accuracy", "n_test")
 
@@ -272,6 +273,23 @@ def test_processes_that_share_a_folder_lose_nothing(flags, tmp_path):
     for child in crowd:
         code, text = end(child)
         assert code == 0 and "Traceback" not in text, text
+    assert result(out) == result(alone)
+    assert not list(out.rglob(".*")) and not list(out.rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize("pair", range(PAIRS))
+def test_two_equal_commands_at_once_end_as_one_alone(pair, flags, tmp_path):
+    name = [*METHODS][pair % len(METHODS)]
+    if name == "softcpt":
+        flags = [*flags, "--dataset", "textures,colours"]
+    out, alone = tmp_path / "runs", tmp_path / "alone"
+    run(name, *flags, "--out", alone)
+    first = start(name, *flags, "--out", out)
+    time.sleep(random.Random(pair).uniform(0, 2))  # of the three that one needs
+    second = start(name, *flags, "--out", out)
+    for child in first, second:
+        code, text = end(child)
+        assert code == 0 and "error: " not in text and "Traceback" not in text, text
     assert result(out) == result(alone)
     assert not list(out.rglob(".*")) and not list(out.rglob("checkpoint.pt"))
 
