@@ -9,8 +9,9 @@
     w_i  unit text feature     (K, D)        K    classes                     M  n_ctx
     tau  CLIP's temperature, frozen          d    width of the text tower     D  joint width
 
-g reads "[SOS] V name. [EOT]" at [EOT], "_" in a name being a space, and V has positions as words
-have. V is one for all classes or, with --csc, one per class, and starts from N(0, 0.02^2) or words.
+g reads "[SOS] V name. [EOT]" at [EOT]; "name." is tokenised as one text, "_" being a space, and V
+has positions as words have. V is one for all classes or, with --csc, one per class, and starts from
+N(0, 0.02^2) or words.
 --position front: [CLASS]_i V . and middle: [V]_1 ... [V]_floor(M/2) [CLASS]_i, the rest of V, "."
 
 Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 130(9), 2022
@@ -25,7 +26,9 @@ zero-shot 49.35; none on a benchmark yet.
 Deviations from the official code:
  1. V is kept in fp32 and CLIP may run under autocast; the release updates V in fp16 without loss
     scaling, where steps below 8e-6 are lost.
- 2. --init with a word of several tokens, or with --csc, is refused; the release misplaces the words
+ 2. Where a mark at a name's end makes one token with the dot ("what?."), front and middle put V
+    before that token; the release counts the bare name's tokens, and puts V behind it.
+ 3. --init with a word of several tokens, or with --csc, is refused; the release misplaces the words
     of the one and ignores --csc in the other.
 """
 

@@ -5,10 +5,11 @@
     w_k  = n(mean_n w_kn),   s = n(mean_k w_k)         classifiers; strengthening feature
     P~_i = P_i + F_i s                                 fused visual prompts, i = 0 ... J-1
     g, l_m = n(class token), n(patches) of the image tower, deep prompted by P~_i
-    C_mn = 1 - <l_m, w_yn>,  T = Sinkhorn(C, epsilon)  uniform marginals of mass 1, T fixed; class y
+    C_mn = 1 - <l_m, w_yn>,  T = Sinkhorn(C, epsilon)  uniform marginals of mass 1; class y
     L    = CE(<g, w_k> / tau, y) + lambda <T, C>       means over images; <T, C> = sum_mn T_mn C_mn
 
-    e_kn (K, N, D): class k in template n, unit      P_i (M, d)   J depth      n(x) = x / ||x||
+    e_kn (K, N, D): class k in template n, unit        x  tokens, positions not yet added
+    P_i (M, d)    F_i (d, D), no bias    J depth       m  patches    n  templates   n(x) = x / ||x||
 
 Fangming Cui, Xun Yang, Chao Wu, Liang Xiao, Xinmei Tian, "Advancing Prompt Learning through an
 External Layer", ACM MM 2024, https://arxiv.org/abs/2407.19674
@@ -24,18 +25,21 @@ the visual encoder." All else is ours, and no result is claimed:
 Result on shapes, 16 shots: 70.15 ± 0.29 % (n = 3; python enprompt.py --seed SEED), 3 minutes each,
 zero-shot 49.35; none on a benchmark yet.
 
- 1. N = 8 templates (the data set's and CoOp's seven): with one, the transport plan is uniform.
+ 1. N = 8 templates (the data set's and CoOp's seven): with one, the transport plan is uniform. It
+    nearly is on shapes, whose CLIP hardly tells templates apart: there <T, C> is C's mean.
  2. EnLa is one linear layer for all classes, so that it acts on new ones; residual and zero at
     first, so that training starts at zero-shot CLIP. Two readings, and nothing decides:
     --enla words: the abstract's layer "built upon valid embeddings of pre-trained CLIP", and Fig. 2
     compares with CoOp and MaPLe, which learn at the encoder's input;
     --enla features: the caption's layer "on top of" the frozen "textual embeddings".
- 3. s is of the training classes and kept for other label sets, because the visual branch knew it.
- 4. A sum, the simplest fusion. P~_0 joins before ln_pre, P~_i replaces it before block i, and
-    after the last they stay.
- 5. Transport from the true class's templates alone, with its plan detached; a fixed number of
-    Sinkhorn's iterations, so that a GPU is not asked whether it has converged.
- 6. ImageNet, the source of transfer: 3 layers, 5 epochs. Base-to-new: 20 epochs. Else 9 and 50.
+ 3. s is renewed in every step, with its gradient, from the training classes, and for other label
+    sets too, because the visual branch was trained with it.
+ 4. A sum, the simplest fusion. P~_0 joins behind the image tokens, before ln_pre; P~_i takes its
+    place before block i; blocks from J on pass the prompts on. ln_post and projection for l_m too.
+ 5. Transport from the true class's templates alone; gradients flow through C, not through T.
+    Sinkhorn's iterations are of a fixed number, the columns last: a GPU is not asked for an end.
+ 6. ImageNet, the source of transfer: 3 layers, 5 epochs. Base-to-new: 20 epochs. Else 9 layers (or
+    all) and 50 epochs.
 """
 
 import math

@@ -5,11 +5,12 @@
     S_t = reshape(W f_t)    or    S_c = reshape(W [f_c; f_t]) (M, d_t), f_t and S_t of c's task
     w_c = n(g([S]_1 ... [S]_M [CLASS]_c .))                   n(x) = x / ||x||, g: text encoder
     L   = mean over images of CE(s <f, w_c> over the classes c of the image's own task)    (Eq. 8)
-          (of these, with V and class_rate r < 1: the batch's, and a random share r of the others)
+          (with V and class_rate r < 1, of each task: the batch's, and ceil(r x others), drawn anew)
 
     f_t  task feature   (T, D)     W    meta-network, linear  (M d_t, D or 2D)     T  tasks
     f_c  class feature  (C, D)     S    generated contexts    (T or C, M, d_t)     C  all classes
     U, V  their contexts, (1 or T, m, d_t), (1 or C, n, d_t)    f  unit image feature    s  1 / tau
+    Prompts are read as in coop.py, "_" in a name being a space; U, V, W start from N(0, 0.02^2).
 
 Ding et al., "Multi-task prompt tuning with soft context sharing for vision-language models",
 Neurocomputing 603, 128290, 2024; arxiv.org/abs/2208.13474; code: kding1225/softcpt, 7cab4b9
@@ -82,7 +83,7 @@ class SoftContext(nn.Module):
         def context(rows, length):
             return nn.Parameter(0.02 * torch.randn(rows, length, d_t))
 
-        self.with_classes = cfg.class_context != "none"
+        self.with_classes = cfg.class_context != "none" and not cfg.baseline
         if cfg.baseline:
             self.ctx = context(n_tasks if cfg.baseline == "one per task" else 1, cfg.n_ctx)
             return
@@ -166,9 +167,7 @@ def load_tasks(cfg):
     titles = [title.strip() for title in cfg.tasks.split(",") if title.strip()]
     titles = titles or [title_of(d.name) for d in sets]
     if len(titles) != len(sets) or len({d.name for d in sets}) < len(sets):
-        raise common.Error(
-            f"--dataset {cfg.dataset}: a task stands twice, or --tasks are not as many"
-        )
+        raise common.Error(f"--dataset {cfg.dataset}: a task twice, or not as many --tasks")
     sizes = torch.tensor([len(d.classnames) for d in sets])
     first = (sizes.cumsum(0) - sizes).tolist()
     return Tasks(sets, titles, first, torch.arange(len(sets)).repeat_interleave(sizes))

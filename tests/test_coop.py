@@ -83,6 +83,15 @@ def test_real_words_as_context_give_the_sentence_that_they_spell(clip, context, 
     assert first[0].abs().min() > 0 and first[1:].abs().max() == 0  # a class feels its own context
 
 
+def test_a_mark_at_a_names_end_stays_with_the_dot(clip):
+    """Deviation 2: "?." is one token, before which the context stands."""
+    data = toy()._replace(classnames=["what?", "cat"])
+    for position, sentence in ("middle", "a photo what of a ?."), ("front", "what a photo of a ?."):
+        cfg, prompt = start(clip, init="a photo of a", position=position)
+        w = coop.classifier(cfg, clip, prompt, data)[:1]
+        assert torch.allclose(w, unit(clip.encode_text(clip.tokenize([sentence]))), atol=1e-5)
+
+
 @pytest.mark.parametrize("csc", [False, True])
 @pytest.mark.parametrize("position, cut", [("end", 5), ("middle", 2), ("front", 0)])
 def test_features_and_gradients_are_those_of_the_whole_sequence(odd, position, cut, csc):

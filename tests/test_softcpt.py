@@ -29,6 +29,7 @@ CATA, CATS = {"class_context": "shared"}, {"class_context": "shared", "task_cont
 CSTA = {"class_context": "specific"}
 CSTS = {"class_context": "specific", "task_context": "specific"}
 MT, CA = {"baseline": "one context"}, {"baseline": "one per task"}
+UNREAD = MT | CATA | {"class_rate": 0.5}  # a baseline has no context of the class names
 COLUMN_TASK = torch.tensor([0, 0, 0, 1, 1])
 
 
@@ -69,7 +70,7 @@ def masked_sum(logits, labels, column_task):
     return total
 
 
-@pytest.mark.parametrize("options", [NATA, NATS, CATA, CATS, CSTA, CSTS, MT, CA], ids=str)
+@pytest.mark.parametrize("options", [NATA, NATS, CATA, CATS, CSTA, CSTS, MT, CA, UNREAD], ids=str)
 def test_every_variant_is_the_equations_by_hand(odd, options):
     cfg, prompt = start(odd, **options)
     (step,), _ = rehearse(softcpt, cfg, odd, two(), prompt)
