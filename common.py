@@ -344,14 +344,10 @@ def read_weights(path):
     scripted = any(file.endswith("/constants.pkl") for file in files)
     if scripted:  # torch.jit.load would compile code of the file; this reads its tensors alone
         weights = importlib.import_module("tests.tools.archive").tensors(path)
-    elif path.endswith(".safetensors"):
-        weights = load_file(path)
     else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    weights = weights.get("state_dict", weights)
+        weights = open_clip.factory.load_state_dict(path, weights_only=True)
     sizes = "input_resolution", "context_length", "vocab_size"  # which OpenAI's files hold too
-    weights = {k.removeprefix("module."): x for k, x in weights.items() if k not in sizes}
-    return weights, scripted
+    return {name: x for name, x in weights.items() if name not in sizes}, scripted
 
 
 class Layout:
