@@ -71,7 +71,7 @@ class Error(ValueError):
 class Config:
     """The options that all methods share; the comment behind a field is its text in --help."""
 
-    epochs: int = 0  # 0 = the paper's schedule
+    epochs: int = 0  # 0 = the method's schedule
     batch_size: int = 32  # images per step
     lr: float = 2e-3  # of SGD, on a cosine
     dataset: str = "shapes"  # a benchmark's name, or a folder of yours
@@ -80,7 +80,7 @@ class Config:
     classes: Literal["all", "base"] = "all"  # base: train on the first half, test on each half
     transfer: str = ""  # comma list of further data sets to evaluate the trained prompt on
     load: str = ""  # folder of a finished run: evaluate it, train nothing
-    model: str = ""  # open_clip name, local-dir:DIR, hf-hub:NAME; "" = the paper's, or shapes' own
+    model: str = ""  # open_clip name, local-dir:DIR, hf-hub:NAME; "" = the method's, or shapes' own
     pretrained: str = "openai"  # tag or file (TorchScript: OpenAI's, QuickGELU); "" = random
     precision: Literal["", "amp", "bf16", "fp32"] = ""  # "" = amp on CUDA, else fp32
     device: str = ""  # "" = cuda where there is one, else cpu
@@ -90,12 +90,12 @@ class Config:
     force: bool = False  # delete the run and train anew
 
     # What --model "" stands for
-    paper_model: ClassVar[str] = "ViT-B-16"
+    usual_model: ClassVar[str] = "ViT-B-16"
 
     def __post_init__(self):
         for name, value in vars(self).items():
             least = 1 if name in ("batch_size", "workers") else 0
-            usual = value == getattr(type(self), name)  # may lie below, as -1 for the paper's own
+            usual = value == getattr(type(self), name)  # may lie below, as -1 for a method's own
             if isinstance(value, (int, float)) and not usual and not value >= least:
                 raise Error(f"--{name} must be at least {least}")
 
@@ -305,11 +305,11 @@ def supported(model):
 
 
 def default_model(cfg):
-    """The paper's backbone; for a drawn data set its own tiny CLIP, on one thread, so that its
+    """The method's backbone; for a drawn data set its own tiny CLIP, on one thread, so that its
     numbers do not depend on the machine's cores and load."""
     world = drawn_world()
     if not world or cfg.dataset.split(",")[0] not in world.TASKS:
-        return cfg.paper_model
+        return cfg.usual_model
     torch.set_num_threads(1)
     return f"local-dir:{world.write(Path(cfg.data), 'clip')}"
 

@@ -52,7 +52,7 @@ class Config(common.Config):
     position: Literal["end", "middle", "front"] = "end"  # of the class name
     init: str = ""  # words to start V from ("a photo of a"; sets M); "" = N(0, 0.02^2)
 
-    paper_model: ClassVar[str] = "RN50"
+    usual_model: ClassVar[str] = "RN50"
 
 
 class PromptLearner(nn.Module):

@@ -3,7 +3,7 @@
     T_i = g([V]_1 ... [V]_M [CLASS]_i .)                        text prompts feature of class i
     X   = Block_l([X ; P_l]), the P rows dropped again         plain layers l, P_0 after ln_pre
     X   = Block_l([X ; Q]), the rows of Q dropped again        class-aware layers, the last (Fig. 2)
-          G = T[top]        top: the K classes most likely by frozen CLIP's hand template
+          G = T[top]        top: the K (K_N) classes likeliest by frozen CLIP's hand template
           H = G W_m + b_m                                       CAVPT (Fig. 3)
           S = [sg(X) ; ctx]                                     sg: no gradient
           A = softmax(H W_q (S W_k)^T / sqrt(32)),  O = A S W_v     one head, W_q and W_k (d, 32)
@@ -36,7 +36,7 @@ Deviations from the official code, and its quirks that we keep:
  2. CAVPT is held in fp32 and the full loss works in every precision; the release is fp16 only.
  3. Kept: the query T is neither normalised nor detached, the key X is detached; a class-aware layer
     has no ordinary prompts among its tokens, as in Fig. 2 (--visual_prompts_in_cavpt adds them).
-    The release's hard-coded 10 rows of ctx are --cavpt_ctx.
+    The release's 10 rows of ctx, in Fig. 2 that layer's visual prompts, are --cavpt_ctx.
  4. alpha is the script's .3, not train.py's 1; beta .1. ImageNet's 20 epochs are unverified.
 """
 
@@ -66,9 +66,9 @@ class Config(common.Config):
     alpha: float = 0.3  # weight of the CAVPT loss
     beta: float = 0.1  # weight of the joint loss during guidance
     visual_lr: float = 1e-2  # of visual prompts and CAVPT
-    visual_warmup: int = -1  # epochs at 1e-5 for them; -1 = the paper's 10 (ImageNet: 1)
+    visual_warmup: int = -1  # epochs at 1e-5 for them; -1 = the release's 10 (ImageNet: 1)
 
-    paper_model: ClassVar[str] = "ViT-B-32"
+    usual_model: ClassVar[str] = "ViT-B-32"
 
 
 class ClassAware(nn.Module):  # Fig. 3

@@ -13,7 +13,8 @@
 
 Fangming Cui, Xun Yang, Chao Wu, Liang Xiao, Xinmei Tian, "Advancing Prompt Learning through an
 External Layer", ACM MM 2024, https://arxiv.org/abs/2407.19674
-No code was released and the paper's equations were not at hand. Public is the caption of Fig. 2:
+No code was released and the paper's equations were not at hand. Public are the abstract
+and the caption of Fig. 2:
 "Our method freezes the textual embeddings and learn an External Layer (EnLa) on top of it. Optimal
 transport is introduced to align [...] visual and textual modalities apart from the conventional
 cross entropy (CE) loss. The textual and visual encoders are connected through a strengthening

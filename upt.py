@@ -33,6 +33,8 @@ layer runs once per tower, with independent dropout. Deviations and choices:
     base-to-new used 10.
  4. --side text or visual: U has M rows, all for that tower; the other is CLIP's own (the data set's
     hand template, no visual prompts).
+ 5. The release calls forward_prompt_shallow, which its clip/model.py lacks; we take forward_prompt,
+    as the fork pedramyamini2023/UPT does. P stands behind the patches, not before: it is the same.
 """
 
 from dataclasses import dataclass

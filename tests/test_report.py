@@ -115,7 +115,7 @@ def test_common_names_and_cuts_folders_as_the_report_reads_them():
 def test_the_papers_backbones_are_those_of_the_scripts():
     for method in coop, dpt, upt, enprompt, softcpt:
         name = method.__name__
-        assert report.own_model(name, "dtd") == method.Config.paper_model
+        assert report.own_model(name, "dtd") == method.Config.usual_model
         assert report.own_model(name, "shapes,dtd") == "tiny CLIP"
 
 
@@ -213,6 +213,8 @@ def test_a_run_of_another_setting_stands_beside_nothing(written, printed):
     written(record(shots=8))
     written(record(config={"n_ctx": 4}), options="_n_ctx=4")
     written(record("dpt"))
+    base, new = (record(model="ViT-B-16", classes=half) for half in ("base", "new"))
+    written(base, new)  # published are those of four vectors that start from words
     assert "Published numbers and runs of the same setting" not in printed()
 
 

@@ -3,6 +3,7 @@ steps, and the score over tasks."""
 
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -332,3 +333,18 @@ def test_a_task_of_one_class_is_named(shell, world, tmp_path):
 @pytest.mark.parametrize("options", [CATA, MT, {**CATA, "class_rate": 0.5}], ids=str)
 def test_its_options_run(fit, options):
     assert fit(softcpt, dataset="textures,colours", n_ctx=2, **options) > 0
+
+
+def test_fashion20_counts_by_the_mean_over_its_classes(fit, world, tmp_path):
+    shown = Path(world, "shapes")
+    fashion = shutil.copytree(shown / "textures", tmp_path / "fashion20_textures")
+    other = shutil.copytree(shown / "colours", tmp_path / "colours")
+    for folder in fashion, other:  # a class with half of the pictures of the others
+        first = sorted(path for path in (folder / "test").iterdir() if path.is_dir())[0]
+        sorted(first.iterdir())[0].unlink()
+    model = f"local-dir:{shown}/clip"
+    accuracy = fit(softcpt, dataset=f"{fashion},{other}", model=model)
+    rows = {row["evaluated_on"]: row for row in fit.rows()}
+    expected = rows[str(fashion)]["mean_class_accuracy"] + rows[str(other)]["accuracy"]
+    assert accuracy == pytest.approx(expected / 2)
+    assert rows[str(fashion)]["mean_class_accuracy"] != rows[str(fashion)]["accuracy"]

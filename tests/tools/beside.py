@@ -104,11 +104,13 @@ def averaged(parts):
 
 
 def halves_joined(base, new):
-    """H of base and new, for the data sets and seeds that have both."""
+    """H of the means over seeds, as papers print it, of the data sets and seeds that have both."""
     found = {}
     for name in base.keys() & new.keys():
         seeds = base[name].keys() & new[name].keys()
-        found[name] = {seed: harmonic(base[name][seed], new[name][seed]) for seed in seeds}
+        if seeds:
+            halves = [np.mean([half[name][seed] for seed in seeds]) for half in (base, new)]
+            found[name] = {"of the means": harmonic(*halves)}
     return found
 
 
@@ -132,7 +134,7 @@ def fits(row, setting):
     """Whether a published number is of a run's setting."""
     protocol = row.dataset if row.protocol == "suite" else row.protocol
     wanted = row.backbone, row.shots, protocol
-    return wanted == setting[1:] and published.same(row.method, setting.label)
+    return wanted == setting[1:] and published.same(row, setting.label)
 
 
 def line(row, setting, values):

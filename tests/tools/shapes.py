@@ -84,7 +84,8 @@ TASKS = {
     "shapes_grey": Task(TEXTURED_SHAPES, PHOTO, {"colour": 0.0}),
     "textures": Task({t: Look(texture=t) for t in TEXTURES}, PHOTO_OF_THING, CAMERA),
     "colours": Task({c: Look(colour=c) for c in COLOURS}, PHOTO_OF_THING, CAMERA),
-    # UPT's two cases: much variety inside a class, and classes that look alike
+    # Much variety inside a class; and classes whose pictures look alike (UPT's second axis is not
+    # of pictures, but of texts: the pairs below)
     "shapes_varied": Task(OUTLINES, PHOTO, CAMERA, ANY_TILT),
     "shapes_alike": Task(RINGS, PHOTO, CAMERA),
 }
