@@ -53,8 +53,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from timm.data import ImageNetInfo
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
@@ -93,11 +92,20 @@ class Config:
     usual_model: ClassVar[str] = "ViT-B-16"
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            least = 1 if name in ("batch_size", "workers") else 0
-            usual = value == getattr(type(self), name)  # may lie below, as -1 for a method's own
-            if isinstance(value, (int, float)) and not usual and not value >= least:
-                raise Error(f"--{name} must be at least {least}")
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), field.type.__name__
+            if get_args(field.type):
+                wanted = f"one of {', '.join(map(repr, get_args(field.type)))}"
+                fits = value in get_args(field.type)
+            elif field.type in (int, float) and isinstance(value, (int, float)):
+                least = 1 if field.name in ("batch_size", "workers") else 0
+                wanted = f"at least {least} and below 2^31"
+                usual = value == field.default  # may lie below, as -1 for a method's own
+                fits = usual or least <= value < 2**31
+            else:
+                fits = isinstance(value, field.type)
+            if not fits:
+                raise Error(f"--{field.name} must be {wanted}, not {value!r}")
 
 
 NOT_LEARNED = "transfer load device data out workers force".split()  # not in a run's name
@@ -138,8 +146,8 @@ def cli(cls, argv=None):
                 raise Error(f"--load {typed['load']}: it was trained with --{name} {trained[name]}")
     try:
         return cls(**trained | typed)
-    except TypeError as problem:
-        raise Error(f"--load {typed.get('load')}: its options are not ours ({problem})") from None
+    except (TypeError, Error) as problem:
+        raise Error(f"--load {typed['load']}: {problem}" if trained else problem) from None
 
 
 def comments(cls):
@@ -169,9 +177,14 @@ def script(main):
 
 def say(line, file=None):
     """Prints one line, whatever a file's name may hold: what cannot be shown is escaped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     encoding = getattr(file or sys.stdout, "encoding", None) or "ascii"
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    line = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+    print(line, file=file, flush=True)
+
+
+def printable(text):
+    """text, with what cannot be printed, as a line's end, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def method(cfg):
@@ -238,8 +251,10 @@ class Clip:
         self.device = self.scale.device
         self.image_size = int(np.max(model.visual.image_size))
         colours = torch.tensor([model.visual.image_mean, model.visual.image_std])
-        if colours.shape != (2, 3) or not (colours[1] > 0).all():
+        if colours.shape != (2, 3) or not colours.isfinite().all() or not (colours[1] > 0).all():
             raise Error(f"image mean and std are {colours.tolist()}, not three numbers each")
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise Error("its weights are not finite numbers")
         self.mean, self.std = to_device(colours[..., None, None], self.device)
 
     def __getattr__(self, name):
@@ -502,11 +517,13 @@ class Names(NamedTuple):
 def embed_names(clip, names, n_ctx, template="{}."):
     """The Names of class names in a template, which stands behind n_ctx context vectors.
     Raises Error for a name that is too long for the text tower."""
-    texts = ["X " * n_ctx + template.format(name.replace("_", " ")) for name in names]
+    texts = [template.format(name.replace("_", " ")) for name in names]
+    room = clip.context_length - 2 - n_ctx
     for name, text in zip(names, texts, strict=True):
-        if len(clip.tokenize.encode(text)) + 2 > clip.context_length:
-            raise Error(f"class name {name[:60]!r} is too long for {clip.context_length} tokens")
-    ids = clip.tokenize(texts)  # (K, 77); the EOT has the largest id
+        if len(clip.tokenize.encode(text)) > room:
+            longest = f"{clip.context_length} tokens with {n_ctx} context vectors"
+            raise Error(f"class name {name[:60]!r} is too long for {longest} (--n_ctx, --init)")
+    ids = clip.tokenize(["X " * n_ctx + text for text in texts])  # (K, 77); EOT: the largest id
     eot = ids.argmax(1)
     x = clip.token_embedding(to_device(ids[:, : eot.max() + 1].contiguous(), clip.device))
     return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, {})
@@ -635,7 +652,7 @@ def from_benchmark(name, root):
             data = from_wordnet_folders(name, images)
     except Error:
         raise
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as problem:
+    except Exception as problem:  # what a list holds is of any kind
         raise Error(f"{name}: {problem}; python common.py download {name} gets it") from None
     return data._replace(template=template)
 
@@ -643,7 +660,7 @@ def from_benchmark(name, root):
 def from_split_file(name, split, images):
     """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": ..., "test": ...}: paths below
     the folder images, labels, class names."""
-    lists = json.loads(split.read_text("utf-8"))
+    lists = json.loads(regular(split).read_text("utf-8"))
     parts = [[(f"{images}/{path}", int(y), str(c)) for path, y, c in lists[part]] for part in PARTS]
     names = {y: c for items in parts for _, y, c in items}
     return checked(name, parts, [names[y] for y in sorted(names)])
@@ -976,7 +993,7 @@ def resumed(cfg, clip, data, prompt, optimizer):
     kept = None
     # Read before looking for the prompt: another process writes that, and then deletes this
     with contextlib.suppress(FileNotFoundError):
-        kept = part.read_bytes()
+        kept = regular(part).read_bytes()
     if cfg.load or final.exists():
         tensors, saved = read_prompt(folder)
         restore(folder, prompt, tensors, saved, about)
@@ -986,7 +1003,7 @@ def resumed(cfg, clip, data, prompt, optimizer):
         first, about["train_seconds"] = read_checkpoint(part, kept, prompt, optimizer, about)
     write(folder / "config.json", json.dumps(vars(cfg), indent=1).encode())
     epochs = range(first, optimizer.epochs)
-    bar = tqdm(epochs, str(folder), optimizer.epochs, initial=first)
+    bar = tqdm(epochs, printable(str(folder)), optimizer.epochs, initial=first)
     for epoch in bar:
         torch.manual_seed(seed_of(cfg.seed, epoch))  # for dropout
         start = time.time()
@@ -1031,9 +1048,9 @@ def read_prompt(folder):
     """(tensors, what they belong to) of a finished run's prompt.safetensors. Raises Error."""
     path = Path(folder, "prompt.safetensors")
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-        tensors = load_file(path)
+        content = regular(path).read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        tensors, about = load(content), json.loads(header["__metadata__"]["about"])
         if not {"method", "CLIP", "training set", "train_seconds"} <= about.keys():
             raise Error("it does not tell what it was trained on")
         if not all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors.values()):
@@ -1120,7 +1137,7 @@ def record(cfg, clip, target, half, classifier):
     }
     path = folder / "results.json"
     try:
-        rows = json.loads(path.read_text("utf-8")) if path.exists() else []
+        rows = json.loads(regular(path).read_text("utf-8")) if path.exists() else []
         rows = {(r["evaluated_on"], r["classes"]): r for r in rows}
     except (ValueError, TypeError, LookupError, RecursionError) as problem:
         raise Error(f"{path} holds no results ({problem}); move it away") from None

@@ -46,13 +46,15 @@ def load(run, device, data):
     """The Learned of a run's folder. Raises Error."""
     tensors, about = common.read_prompt(run)
     method = about.get("method")
-    if method not in METHODS:
+    if method not in [*METHODS]:
         raise common.Error(f"{run} is by {method!r}; known are {', '.join(METHODS)}")
     try:
         options = about["config"] | {"device": device, "data": data, "load": run}
         cfg = METHODS[method].Config(**options)
-        names = dict(about["classnames"])
-    except (LookupError, TypeError, ValueError) as problem:
+        names = {str(name): list(map(str, kept)) for name, kept in about["classnames"].items()}
+        if not names:
+            raise ValueError("no class names")
+    except (AttributeError, LookupError, TypeError, ValueError) as problem:
         raise common.Error(f"{run} is not of this version ({problem}); train it anew") from None
     clip = common.load_clip(cfg)
     if clip.fingerprint != about["CLIP"]:

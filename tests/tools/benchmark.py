@@ -15,7 +15,6 @@ goes through the classes 100 at a time and computes each chunk a second time bac
 of the spare forward pass are measured and taken off, and what is kept is that of one chunk.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -332,13 +331,19 @@ def load(options):
     return clip
 
 
+def numbers(text):
+    """The numbers of a comma list. Raises ValueError."""
+    return [int(number) for number in text.split(",")]
+
+
 def parsed(argv):
-    parser = argparse.ArgumentParser("common.py benchmark", description=__doc__.splitlines()[0])
+    parser = common.Parser("python common.py benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="", help="default: amp on CUDA, fp32 on the CPU")
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, or local-dir:DIR")
     parser.add_argument("--layers", type=int, default=0, help="of each tower; 0: all")
-    parser.add_argument("--classes", default="100,1000", help="comma list; of a task the largest")
+    note = "comma list; of a task the largest"
+    parser.add_argument("--classes", type=numbers, default="100,1000", help=note)
     parser.add_argument("--count_classes", type=int, default=100, help="at which steps are counted")
     parser.add_argument("--images", type=int, default=32, help="of an epoch")
     parser.add_argument("--rows", default=ROWS, help="comma list")
@@ -352,7 +357,7 @@ def main(argv):
     """Prints one line per row and number of classes."""
     options = parsed(argv)
     clip, rows = load(options), options.rows.split(",")
-    classes = [int(number) for number in options.classes.split(",")]
+    classes = options.classes
     for K in classes if "text" in rows else ():
         text_row(clip, K)
     usual = {"epochs": 1, "lr": 1e-4, "shots": 0}

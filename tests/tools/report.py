@@ -51,10 +51,10 @@ def read(out):
     latest = {}
     for path in sorted(Path(out).rglob("results.json"), key=lambda path: path.stat().st_mtime):
         try:
-            rows = json.loads(path.read_text("utf-8"))
+            rows = json.loads(common.regular(path).read_text("utf-8"))
             runs = [run_of(row, path.parent.name) for row in rows]
-        except (AttributeError, LookupError, OSError, TypeError, ValueError) as problem:
-            print(f"left out: {path} is no record of ours ({problem!r})", file=sys.stderr)
+        except Exception as problem:  # what a foreign file holds is of any kind
+            common.say(f"left out: {path} is no record of ours ({problem!r})", sys.stderr)
             continue
         for run in runs:
             setting = run.label, run.model, run.source, run.on, run.classes, run.shots, run.seed
@@ -77,13 +77,16 @@ def run_of(row, folder):
     kind = "mean_class_" if per_class else ""
     value, zero = (float(row[kind + key]) for key in ("accuracy", "zero_shot"))
     text, visual = (float(row[f"{where}_class_variance"]) for where in ("intra", "inter"))
+    words = method, on, row["dataset"], row["classes"], row["model"]
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError("a name that is no text")
     return Run(
-        str(method),
+        method,
         label_of(method, config, folder, transferred),
         row["model"] or own_model(method, row["dataset"]),
         row["dataset"],
         on,
-        str(row["classes"]),
+        row["classes"],
         int(row["shots"]),
         int(row["seed"]),
         value,
@@ -225,6 +228,12 @@ def study_table(points):
     return markdown(["run", "data set", "variance", "gain over zero-shot"], lines)
 
 
+def show(text):
+    """Prints text, what its lines cannot show being escaped."""
+    for line in text.split("\n"):
+        common.say(line)
+
+
 def main(argv):
     """Prints the tables; draws what is asked for. Raises Error."""
     parser = common.Parser("python common.py report", description=__doc__)
@@ -234,16 +243,16 @@ def main(argv):
     parser.add_argument("--study", default="", help="draw UPT's gains against variances")
     options = parser.parse_args(argv)
     runs = read(options.out)
-    print(tables(runs))
+    show(tables(runs))
     comparison = beside.comparison(runs)
     if comparison:
-        print(f"\nPublished numbers and runs of the same setting\n\n{comparison}")
+        show(f"\nPublished numbers and runs of the same setting\n\n{comparison}")
     points = study(runs)
     if points:
-        print(f"\nUPT's study\n\n{study_table(points)}")
+        show(f"\nUPT's study\n\n{study_table(points)}")
     if options.plot:
         figures.plot(runs, options.plot)
-        print(f"\ndrawn: {options.plot}")
+        show(f"\ndrawn: {options.plot}")
     if options.study:
         figures.study(points, options.study)
-        print(f"\ndrawn: {options.study}")
+        show(f"\ndrawn: {options.study}")

@@ -10,7 +10,6 @@ pictures zero-shot. To pretrain again, over that file:
 In comments, B is the number of pictures.
 """
 
-import argparse
 import json
 import math
 import random
@@ -27,6 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save
 from tqdm import tqdm
+
+import common
 
 SHAPES = ["circle", "square", "triangle", "star", "cross"]
 SHAPES += ["heart", "ring", "moon", "arrow", "hourglass"]
@@ -557,8 +558,10 @@ def accuracy(clip, vocabulary, count=2000):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="python common.py shapes", description="Pretrains the tiny CLIP again."
-    )
+    """Pretrains the tiny CLIP again. Raises Error."""
+    parser = common.Parser("python common.py shapes", description="Pretrains the tiny CLIP again.")
     parser.add_argument("--steps", type=int, default=7000)
-    pretrain(parser.parse_args(argv).steps)
+    steps = parser.parse_args(argv).steps
+    if steps < 1:
+        raise common.Error("--steps must be at least 1")
+    pretrain(steps)
