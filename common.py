@@ -97,7 +97,7 @@ class Config:
             if get_args(field.type):
                 wanted = f"one of {', '.join(map(repr, get_args(field.type)))}"
                 fits = value in get_args(field.type)
-            elif field.type in (int, float) and isinstance(value, (int, float)):
+            elif field.type in (int, float) and isinstance(value, (int, field.type)):
                 least = 1 if field.name in ("batch_size", "workers") else 0
                 wanted = f"at least {least} and below 2^31"
                 usual = value == field.default  # may lie below, as -1 for a method's own
