@@ -7,10 +7,12 @@ FIGURE_1, and nothing recalled. Of UPT and EnPrompt no comparable number was fou
 import re
 from typing import NamedTuple
 
+LOGOPROMPT = "LoGoPrompt (ICCV 2023, https://arxiv.org/abs/2309.01155), "
+
 SOURCES = {
-    "L1": "LoGoPrompt (ICCV 2023), Table 1, as text; of DPT their own run",
-    "L2": "LoGoPrompt (ICCV 2023), Table 2, as text",
-    "L3": "LoGoPrompt (ICCV 2023), Table 3, as text; of DPT their own run",
+    "L1": LOGOPROMPT + "Table 1, as text; of DPT their own run",
+    "L2": LOGOPROMPT + "Table 2, as text",
+    "L3": LOGOPROMPT + "Table 3, as text; of DPT their own run",
     "R": "the mean over the four targets, as RMAdapter and others print it (LoGoPrompt's own mean, "
     "61.72, counts ImageNet too)",
     "E": "the same digits in the texts of eight papers, ProText (arXiv 2401.02418) among them (one "
