@@ -102,8 +102,8 @@ class Config:
                 wanted = f"at least {least} and below 2^31"
                 usual = value == field.default  # may lie below, as -1 for a method's own
                 fits = usual or least <= value < 2**31
-            else:
-                fits = isinstance(value, field.type)
+            else:  # a Path will do for text
+                fits = isinstance(value, (str, Path) if field.type is str else field.type)
             if not fits:
                 raise Error(f"--{field.name} must be {wanted}, not {value!r}")
 

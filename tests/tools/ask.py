@@ -49,7 +49,7 @@ def load(run, device, data):
     if method not in [*METHODS]:
         raise common.Error(f"{run} is by {method!r}; known are {', '.join(METHODS)}")
     try:
-        options = about["config"] | {"device": device, "data": data, "load": run}
+        options = about["config"] | {"device": device, "data": data, "load": str(run)}
         cfg = METHODS[method].Config(**options)
         names = {str(name): list(map(str, kept)) for name, kept in about["classnames"].items()}
         if not names:
