@@ -24,6 +24,9 @@ from tests.tools import shapes
 # tqdm's own lock is shared with forked children; one that is killed within it would stop us all
 tqdm.set_lock(threading.RLock())
 
+# Small tensors gain nothing from more threads, which on a shared machine wait for each other
+torch.set_num_threads(1)
+
 HERE = Path(common.__file__).parent
 NAMES = ["cat", "striped_star", "a very blurry hourglass"]  # of one, two and more tokens
 
