@@ -93,19 +93,20 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), field.type.__name__
-            if get_args(field.type):
-                wanted = f"one of {', '.join(map(repr, get_args(field.type)))}"
-                fits = value in get_args(field.type)
-            elif field.type in (int, float) and isinstance(value, (int, field.type)):
-                least = 1 if field.name in ("batch_size", "workers") else 0
-                wanted = f"at least {least} and below 2^31"
-                usual = value == field.default  # may lie below, as -1 for a method's own
-                fits = usual or least <= value < 2**31
-            else:  # a Path will do for text
-                fits = isinstance(value, (str, Path) if field.type is str else field.type)
-            if not fits:
-                raise Error(f"--{field.name} must be {wanted}, not {value!r}")
+            value = getattr(self, field.name)
+            if value != field.default and not fits(field, value):  # a default may be -1
+                known = "see --help; numbers go from 0 (batch_size, workers: from 1) to 2^31"
+                raise Error(f"--{field.name} cannot be {value!r}: {known}")
+
+
+def fits(field, value):
+    """Whether value is of a Config field's type and, if a number, neither negative nor huge."""
+    if get_args(field.type):
+        return value in get_args(field.type)
+    if field.type in (int, float):
+        least = 1 if field.name in ("batch_size", "workers") else 0
+        return isinstance(value, (int, field.type)) and least <= value < 2**31
+    return isinstance(value, (str, Path) if field.type is str else field.type)
 
 
 NOT_LEARNED = "transfer load device data out workers force".split()  # not in a run's name
@@ -1048,6 +1049,7 @@ def read_prompt(folder):
     """(tensors, what they belong to) of a finished run's prompt.safetensors. Raises Error."""
     path = Path(folder, "prompt.safetensors")
     try:
+        # Not by its path, which may hold bytes that are no UTF-8
         content = regular(path).read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         tensors, about = load(content), json.loads(header["__metadata__"]["about"])

@@ -3,7 +3,7 @@
     T_i = g([V]_1 ... [V]_M [CLASS]_i .)                        text prompts feature of class i
     X   = Block_l([X ; P_l]), the P rows dropped again         plain layers l, P_0 after ln_pre
     X   = Block_l([X ; Q]), the rows of Q dropped again        class-aware layers, the last (Fig. 2)
-          G = T[top]        top: the K (K_N) classes likeliest by frozen CLIP's hand template
+          G = T[top]    top: the K (K_N in Fig. 2) classes likeliest by frozen CLIP's hand template
           H = G W_m + b_m                                       CAVPT (Fig. 3)
           S = [sg(X) ; ctx]                                     sg: no gradient
           A = softmax(H W_q (S W_k)^T / sqrt(32)),  O = A S W_v     one head, W_q and W_k (d, 32)

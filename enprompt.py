@@ -13,8 +13,8 @@
 
 Fangming Cui, Xun Yang, Chao Wu, Liang Xiao, Xinmei Tian, "Advancing Prompt Learning through an
 External Layer", ACM MM 2024, https://arxiv.org/abs/2407.19674
-No code was released and the paper's equations were not at hand. Public are the abstract
-and the caption of Fig. 2:
+No code was released and the paper's equations were not at hand. Public are the abstract and the
+caption of Fig. 2, which says:
 "Our method freezes the textual embeddings and learn an External Layer (EnLa) on top of it. Optimal
 transport is introduced to align [...] visual and textual modalities apart from the conventional
 cross entropy (CE) loss. The textual and visual encoders are connected through a strengthening
@@ -33,8 +33,8 @@ zero-shot 49.35; none on a benchmark yet.
     --enla words: the abstract's layer "built upon valid embeddings of pre-trained CLIP", and Fig. 2
     compares with CoOp and MaPLe, which learn at the encoder's input;
     --enla features: the caption's layer "on top of" the frozen "textual embeddings".
- 3. s is renewed in every step, with its gradient, from the training classes, and for other label
-    sets too, because the visual branch was trained with it.
+ 3. s is made anew in every step, with its gradient. For other label sets it stays that of the
+    training classes, because the visual branch was trained with it.
  4. A sum, the simplest fusion. P~_0 joins behind the image tokens, before ln_pre; P~_i takes its
     place before block i; blocks from J on pass the prompts on. ln_post and projection for l_m too.
  5. Transport from the true class's templates alone; gradients flow through C, not through T.

@@ -34,7 +34,7 @@ layer runs once per tower, with independent dropout. Deviations and choices:
  4. --side text or visual: U has M rows, all for that tower; the other is CLIP's own (the data set's
     hand template, no visual prompts).
  5. The release calls forward_prompt_shallow, which its clip/model.py lacks; we take forward_prompt,
-    as the fork pedramyamini2023/UPT does. P stands behind the patches, not before: it is the same.
+    as the fork pedramyamini2023/UPT does. P behind the patches, not before: no mask tells.
 """
 
 from dataclasses import dataclass

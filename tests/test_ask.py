@@ -170,7 +170,7 @@ def test_a_run_that_cannot_be_loaded_is_one_line(trained, photos, asked, tmp_pat
         "this version": {"config": about["config"] | {"flavour": 1}},
         "another CLIP": {"CLIP": "0"},
         "does not fit": {"config": about["config"] | {"n_ctx": 3}},
-        "--n_ctx must be int": {"config": about["config"] | {"n_ctx": "3"}},
+        "--n_ctx cannot be": {"config": about["config"] | {"n_ctx": "3"}},
     }
     for reason, changes in wrong.items():
         rewritten(run, **about | changes)

@@ -63,6 +63,12 @@ def edited(change):
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
+def piped(path):
+    """A pipe in place of a file: who reads it waits."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def replaced(keys, value, thing):
     """thing, a tree of dicts, with another value behind the keys."""
     functools.reduce(lambda tree, key: tree[key], keys[:-1], thing)[keys[-1]] = value
@@ -171,6 +177,7 @@ def data_sets():
     contents = [(json.dumps(text).encode(), said) for text, said in texts]
     for content, said in [(content, "dtd") for content in JSONS] + contents:
         yield Row(said, "coop", ask, {split: content}, "data/dtd")
+    yield Row("dtd", "coop", ask, {split: piped}, "data/dtd")
     for content in b"", b"\n\n", b"x", b"0034001", b"0034001 nothing", b"\xff", b" 707-320":
         for file in "variants.txt", "images_variant_train.txt":
             files, tree = {f"data/fgvc_aircraft/{file}": content}, "data/fgvc_aircraft"
@@ -233,6 +240,9 @@ def runs():
                 files = {"RUN/prompt.safetensors": change, "x.png": PNG}
                 said = f"--{path[-1]}", "runs/coop", "no data set or folder 'x'"
                 yield Row(said, command, argv, files, tree)
+    for file, command, argv in ("results.json", *read), ("prompt.safetensors", *predict):
+        yield Row(file, command, argv, {f"RUN/{file}": piped, "x.png": PNG}, tree)
+    yield Row("runs", "", "report", {"runs/x/results.json": os.mkfifo})
     for content in JSONS:
         yield Row(("results.json",), *read, {"RUN/results.json": content}, tree)
         yield Row("runs", "", "report", {"runs/x/results.json": content})

@@ -46,7 +46,7 @@ def load(run, device, data):
     """The Learned of a run's folder. Raises Error."""
     tensors, about = common.read_prompt(run)
     method = about.get("method")
-    if method not in [*METHODS]:
+    if method not in [*METHODS]:  # a list: what a file tells may have no hash
         raise common.Error(f"{run} is by {method!r}; known are {', '.join(METHODS)}")
     try:
         options = about["config"] | {"device": device, "data": data, "load": str(run)}
