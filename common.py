@@ -518,14 +518,13 @@ class Names(NamedTuple):
 def embed_names(clip, names, n_ctx, template="{}."):
     """The Names of class names in a template, which stands behind n_ctx context vectors.
     Raises Error for a name that is too long for the text tower."""
-    texts = [template.format(name.replace("_", " ")) for name in names]
-    room = clip.context_length - 2 - n_ctx
-    for name, text in zip(names, texts, strict=True):
-        if len(clip.tokenize.encode(text)) > room:
-            longest = f"{clip.context_length} tokens with {n_ctx} context vectors"
-            raise Error(f"class name {name[:60]!r} is too long for {longest} (--n_ctx, --init)")
-    ids = clip.tokenize(["X " * n_ctx + text for text in texts])  # (K, 77); EOT: the largest id
-    eot = ids.argmax(1)
+    texts = ["X " * n_ctx + template.format(name.replace("_", " ")) for name in names]
+    ids = clip.tokenize(texts, clip.context_length + 1)  # (K, 78); a place more than there is
+    if ids[:, -1].any():
+        longest = f"{clip.context_length} tokens with {n_ctx} context vectors"
+        name = names[int(ids[:, -1].argmax())][:60]
+        raise Error(f"class name {name!r} is too long for {longest} (--n_ctx, --init)")
+    eot = ids.argmax(1)  # which has the largest id
     x = clip.token_embedding(to_device(ids[:, : eot.max() + 1].contiguous(), clip.device))
     return Names(x[:1, :1], x[:, 1 + n_ctx :], eot, {})
 
@@ -692,23 +691,22 @@ def from_class_folders(name, folder, parts=PARTS, titles=None):
     """Folders train/, test/ and, if you like, val/, or those called as parts says, each of class
     folders. titles: {class folder: class name}, in order; by default the folders' names, sorted.
     Files are sorted: CoOp's listing was not, so that its picks depended on the file system."""
-    found = sorted({key for part in parts for key in listed(folder / part, Path.is_dir)})
-    titles = titles or {key: key for key in found}
+    found = {path.name for part in parts for path in listed(folder / part) if path.is_dir()}
+    titles = titles or {key: key for key in sorted(found)}
     keys = [key for key in titles if key in found]
     lists = []
     for part in parts:
         items = []
         for label, key in enumerate(keys):
-            files = listed(folder / part / key, lambda path: path.suffix.lower() in IMAGES)
-            items += [(f"{folder / part / key}/{file}", label, titles[key]) for file in files]
+            files = [file for file in listed(folder / part / key) if file.suffix.lower() in IMAGES]
+            items += [(str(file), label, titles[key]) for file in files]
         lists.append(items)
     return checked(name, lists, [titles[key] for key in keys])
 
 
-def listed(folder, wanted):
-    """Sorted names of what is wanted(path) in a folder, hidden ones left out."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    return [name for name in names if not name.startswith(".") and wanted(folder / name)]
+def listed(folder):
+    """Sorted paths of what a folder holds, hidden ones left out; none where there is no folder."""
+    return sorted(folder.glob("[!.]*"), key=str)
 
 
 def checked(name, parts, classnames):

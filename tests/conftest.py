@@ -1,6 +1,7 @@
 """What the tests share: small CLIPs, a small shapes world, CLIP's towers written out plainly."""
 
 import contextlib
+import functools
 import json
 import runpy
 import sys
@@ -26,6 +27,9 @@ tqdm.set_lock(threading.RLock())
 
 # Small tensors gain nothing from more threads, which on a shared machine wait for each other
 torch.set_num_threads(1)
+
+# Reading the vocabulary takes longer than most of the runs here
+open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 HERE = Path(common.__file__).parent
 NAMES = ["cat", "striped_star", "a very blurry hourglass"]  # of one, two and more tokens

@@ -26,6 +26,7 @@ wait for `x[mask] = 0.0`, where CUDA has none. In the block the device "meta" is
 """
 
 import contextlib
+import functools
 import linecache
 import sysconfig
 import traceback
@@ -39,7 +40,7 @@ from torch import nn
 from torch.optim.optimizer import _foreach_supported_types
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
@@ -132,6 +133,7 @@ def moved_key(key):
 _foreach_supported_types.append(DeviceTensor)
 
 
+@functools.cache
 def is_view(func):
     """Whether func only names memory anew: its signature is like (Tensor(a)) -> Tensor(a)."""
     if torch.Tag.inplace_view in func.tags:
@@ -169,7 +171,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = [*tensors_in((*args, *kwargs.values()))]
         on_device = any(isinstance(x, DeviceTensor) for x in tensors)
         if torch.is_inference_mode_enabled():
             # Compound operators are not taken apart yet: autograd, which does so, is absent.
@@ -239,9 +241,30 @@ def run(func, args, kwargs, on_device):
     if torch.Tag.inplace_view in func.tags:  # squeeze_() changes the shape of the wrapper, too
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)
-    args, kwargs = tree_map_only(DeviceTensor, lambda x: x.host, (args, kwargs))
+    args, kwargs = changed(DeviceTensor, lambda x: x.host, (args, kwargs))
     result = func(*args, **kwargs)
-    return tree_map_only(torch.Tensor, DeviceTensor, result) if on_device else result
+    return changed(torch.Tensor, DeviceTensor, result) if on_device else result
+
+
+def tensors_in(values):
+    """Yields the tensors among an operator's arguments, those in lists too."""
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from tensors_in(x)
+
+
+def changed(kind, change, x):
+    """x with change(y) for each y of a kind in it: tree_map_only() for lists, tuples and dicts alone,
+    because that takes longer than all else here."""
+    if isinstance(x, kind):
+        return change(x)
+    if isinstance(x, list | tuple):
+        return type(x)([changed(kind, change, y) for y in x])
+    if isinstance(x, dict):
+        return {key: changed(kind, change, y) for key, y in x.items()}
+    return x
 
 
 class Requests(TorchFunctionMode):

@@ -101,7 +101,8 @@ def test_the_order_in_which_a_disk_lists_its_files_does_not_matter(tmp_path, mon
             with scandir(*folder) as entries:
                 super().__init__(sorted(entries, key=lambda e: e.name, reverse=True))
 
-        __enter__ = iter
+        def __enter__(self):
+            return iter(self)
 
         def __exit__(self, *problem):
             pass
