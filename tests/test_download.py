@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -256,12 +255,13 @@ def test_a_third_partys_copy_is_announced_with_its_terms(
     assert "third party" in text and "research" in text
 
 
-def test_the_command_says_where_imagenet_is_and_what_is_near_a_name(server, tmp_path):
-    script = [sys.executable, common.__file__, "download"]
-    done = subprocess.run([*script, "imagenet", "--data", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "login: get it at image-net.org" in done.stderr
-    assert str(tmp_path / "imagenet/images") in done.stderr
+def test_the_command_says_where_imagenet_is_and_what_is_near_a_name(server, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        common.main("download", "imagenet", "--data", str(tmp_path))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert "login: get it at image-net.org" in line
+    assert str(tmp_path / "imagenet/images") in line
     assert "near it: dtd" in refused(download.main, ["dttd", "--data", str(tmp_path)])
     assert "dataset" in refused(download.main, [])
     for name in common.BENCHMARKS:

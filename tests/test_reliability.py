@@ -30,7 +30,7 @@ import softcpt
 import upt
 from tests.tools import shapes
 
-KILLS = int(os.environ.get("KILLS", 2))  # of each method
+KILLS = int(os.environ.get("KILLS", 2))  # of each method, two at a time
 PAIRS = int(os.environ.get("PAIRS", 2))  # of equal commands at once
 METHODS = {"coop": coop, "dpt": dpt, "upt": upt, "enprompt": enprompt, "softcpt": softcpt}
 MEASURED = ("evaluated_on", "classes", "accuracy", "zero_shot", "mean_class_accuracy", "n_test")
@@ -206,18 +206,21 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(name, flags, tmp_
     wanted = result(tmp_path / "undisturbed")
     assert wanted == result(tmp_path / "first") and wanted[0] and wanted[1]
     rng, stages = random.Random(name), Counter()
-    for kill in range(KILLS):
-        out = tmp_path / f"kill{kill}"
-        if kill % 2 == 0:  # at one of its writes
-            killed = start(name, *flags, "--out", out, disturb=(on_write, rng.randint(1, 22), die))
-        else:
-            killed = start(name, *flags, "--out", out)
-            time.sleep(rng.uniform(0.2, 1) * seconds)
-            killed.process.kill()
-        code, _ = end(killed)
-        stages[stage(out) if code == -signal.SIGKILL else "it had ended"] += 1
-        run(name, *flags, "--out", out)
-        assert result(out) == wanted
+    for number in range(0, KILLS, 2):
+        outs = [tmp_path / f"kill{number + i}" for i in range(2)]
+        disturb = on_write, rng.randint(1, 22), die  # one at one of its writes, one at some time
+        first = start(name, *flags, "--out", outs[0], disturb=disturb)
+        second = start(name, *flags, "--out", outs[1])
+        time.sleep(rng.uniform(0.2, 1) * seconds)
+        second.process.kill()
+        for child, out in zip((first, second), outs, strict=True):
+            code, _ = end(child)
+            stages[stage(out) if code == -signal.SIGKILL else "it had ended"] += 1
+        again = [start(name, *flags, "--out", out) for out in outs]
+        for child, out in zip(again, outs, strict=True):
+            code, text = end(child)
+            assert code == 0 and "error: " not in text, text
+            assert result(out) == wanted
     print(f"\n{name}: {KILLS} kills, {KILLS} identical results; killed {dict(stages)}")
     assert stages["it had ended"] <= KILLS / 2
 
