@@ -256,8 +256,8 @@ def tensors_in(values):
 
 
 def changed(kind, change, x):
-    """x with change(y) for each y of a kind in it: tree_map_only() for lists, tuples and dicts alone,
-    because that takes longer than all else here."""
+    """x with change(y) for each y of a kind in it: tree_map_only() for lists, tuples and dicts,
+    because that one takes longer than all else here."""
     if isinstance(x, kind):
         return change(x)
     if isinstance(x, list | tuple):

@@ -479,9 +479,10 @@ def test_a_hostile_prompt_file_is_one_line(kind, trained, flags):
     spoil(kind, path, tensors, about)
     spoilt = path.read_bytes()
     load = ["--data", flags[1], "--out", out, "--load", path.parent]
-    assert str(path.parent) in refusal("coop", *load)
+    loading = start("coop", *load)
     if kind != "an unknown option":  # which only --load asks for
         assert str(path.parent) in refusal("coop", *flags, "--out", out)
+    assert str(path.parent) in one_line(*end(loading))
     assert path.read_bytes() == spoilt
     assert not list(out.rglob("executed")) and not list(out.rglob("results.json"))
 
