@@ -1,20 +1,23 @@
-"""The shapes world: a drawn data set and its own tiny CLIP, so that nothing is downloaded.
+"""Synthetic data sets and a tiny CLIP that is pretrained for them, so that nothing is downloaded.
 
-Every picture is 32 x 32 pixels and shows one of 10 shapes in one of 4 textures and 8 colours. The
-tiny CLIP is OpenAI's architecture made small, pretrained on captions of such pictures. Its weights,
-tiny_clip.safetensors beside this file, took 41 minutes on two CPU cores and classify 99.8 % of new
-pictures zero-shot. To pretrain again, over that file:
+Every image is 32 x 32 pixels and shows one of 10 shapes in one of 4 textures and 8 colours. The
+tiny CLIP is OpenAI's architecture made small, pretrained on captions of such images. Its weights
+are tiny_clip.safetensors beside this file: 41 minutes of pretraining on two CPU cores, 99.8 %
+zero-shot accuracy on new images. To repeat the pretraining and overwrite the weights:
 
-    python common.py shapes
+    python -m tests.tools.shapes
 
-In comments, B is the number of pictures.
+In comments, B is the number of images.
 """
 
+import argparse
+import contextlib
+import hashlib
 import json
 import math
 import random
 import shutil
-import time
+import sys
 import uuid
 import zlib
 from collections import namedtuple
@@ -27,11 +30,8 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-import common
-
-SHAPES = ["circle", "square", "triangle", "star", "cross"]
-SHAPES += ["heart", "ring", "moon", "arrow", "hourglass"]
-TEXTURES = ["plain", "striped", "dotted", "checkered"]
+SHAPES = "circle square triangle star cross heart ring moon arrow hourglass".split()
+TEXTURES = "plain striped dotted checkered".split()
 COLOURS = {
     "red": (0.85, 0.1, 0.1),
     "orange": (1.0, 0.5, 0.0),
@@ -42,6 +42,7 @@ COLOURS = {
     "purple": (0.6, 0.1, 0.8),
     "white": (1.0, 1.0, 1.0),
 }
+WORDS = [SHAPES, TEXTURES, list(COLOURS)]
 
 SIZE = 32  # pixels
 MODEL = {
@@ -53,19 +54,21 @@ MODEL = {
 MEAN = open_clip.OPENAI_DATASET_MEAN
 STD = open_clip.OPENAI_DATASET_STD
 WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
+SOURCE = Path(__file__).read_bytes()  # read when the code is: the file may change later
+STAMP = ".rendered"  # hidden file in each folder, see _stamp
 
-# The training crop keeps at least this much of the area: the papers' 8 % of 32 pixels show no shape
+# Share of the area that a training crop shows: the papers' least, 8 %, shows no shape here
 CROP = (0.5, 1.0)
 
 
-# ------------------------------------------------------------------------------------- the tasks
+# ----------------------------------------------------------------------------------------- tasks
 
-# What fixes a class; what is None differs from picture to picture
+# The attributes that a class fixes; the others, None, vary from image to image
 Look = namedtuple("Look", "shape texture colour", defaults=[None, None, None])
 
-# classes: name -> Look. template: of the prompt. change and variety: the keywords of change() and
-# draw(). drawn_as: the task whose random numbers draw the pictures, by default the task itself.
-Task = namedtuple("Task", "classes template change variety drawn_as", defaults=[{}, None])
+# classes: {name: Look}. template: of the prompt. shift and variety: keywords of shift() and
+# render(). seed_of: the task whose random numbers render the images, by default the task itself.
+Task = namedtuple("Task", "classes template shift variety seed_of", defaults=[{}, None])
 
 TEXTURED_SHAPES = {f"{t}_{s}": Look(shape=s, texture=t) for s in SHAPES for t in TEXTURES}
 OUTLINES = {s: Look(shape=s) for s in SHAPES}
@@ -85,51 +88,37 @@ TASKS = {
     "shapes_grey": Task(TEXTURED_SHAPES, PHOTO, {"colour": 0.0}),
     "textures": Task({t: Look(texture=t) for t in TEXTURES}, PHOTO_OF_THING, CAMERA),
     "colours": Task({c: Look(colour=c) for c in COLOURS}, PHOTO_OF_THING, CAMERA),
-    # Much variety inside a class; and classes whose pictures look alike (UPT's second axis is not
-    # of pictures, but of texts: the pairs below)
+    # For tests/tools/study.py. In shapes_steady the images of a class vary less than in
+    # shapes_varied, although places, sizes and tilts are the same
     "shapes_varied": Task(OUTLINES, PHOTO, CAMERA, ANY_TILT),
-    "shapes_alike": Task(RINGS, PHOTO, CAMERA),
-}
-
-# Two pairs for UPT's claims. Each moves one axis and keeps the other; they were chosen by the
-# figures below alone. Text variance is the mean squared distance of the classes' text features from
-# their mean, visual variance that of the test pictures' features from the mean of their class (unit
-# features of the tiny CLIP). Zero-shot accuracy is about the same within a pair, so that there is
-# as much left to learn.
-#
-#                  text variance   visual variance   zero-shot
-#   shapes_varied          0.243             0.106      31.6 %
-#   shapes_steady          0.243             0.051      30.8 %
-#   rings_far              0.338             0.037      86.5 %
-#   rings_close            0.215             0.037      85.8 %
-TASKS |= {
-    # As shapes_varied, with the same places, sizes and tilts, but every picture is plain and red.
-    # Less tilt and spread instead would raise zero-shot accuracy and leave the variance as it is
     "shapes_steady": Task(
         {s: Look(s, "plain", "red") for s in SHAPES}, PHOTO, CAMERA, ANY_TILT, "shapes_varied"
     ),
-    # The same pictures twice: named by what tells them apart, and by all that is true of them.
-    # Filler words in the names would not do: the tiny CLIP has learned to look past them
+    # The same images twice. The names in rings_close share words, so their text features are closer
     "rings_far": Task({c: Look("ring", "plain", c) for c in COLOURS}, PHOTO, PALE_CAMERA),
     "rings_close": Task(
         {f"grainy_{c}_plain_ring": Look("ring", "plain", c) for c in COLOURS},
         PHOTO,
         PALE_CAMERA,
-        drawn_as="rings_far",
+        seed_of="rings_far",
     ),
+    # Classes whose images look alike
+    "shapes_alike": Task(RINGS, PHOTO, CAMERA),
 }
-COUNTS = {"train": 20, "val": 4, "test": 50}  # pictures of a class
+COUNTS = {"train": 20, "val": 4, "test": 50}  # images per class
 
 
 def write(root, name):
-    """Writes the task (or "clip", the tiny CLIP) below root on first use; returns its folder.
+    """Writes the task (or "clip", the tiny CLIP) below root and returns its folder.
 
-    The folder is whole or not there: it is written under another name and then renamed. A process
-    that is killed leaves that draft behind; one that fails (full disk: OSError) removes it.
+    A folder that this code has written and that lacks no file is left alone. Any other is replaced
+    by a new one, which is rendered beside it, so that it is never incomplete.
     """
     folder = Path(root) / "shapes" / name
-    if folder.exists():
+    if _is_current(folder, name):
         return folder
+    work = "writing the tiny CLIP" if name == "clip" else f"rendering the synthetic data set {name}"
+    print(f"{work} in {folder} ...", file=sys.stderr, flush=True)
     draft = folder.with_name(f".{name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)
     try:
@@ -137,72 +126,92 @@ def write(root, name):
             _write_clip(draft)
         else:
             _write_task(draft, name)
-        draft.rename(folder)
-    except OSError:
-        # Another process may have been first: its folder holds the same
-        if not folder.exists():
-            raise
+        (draft / STAMP).write_text(_stamp(draft, name))
+        _replace(folder, draft, name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
+def _stamp(folder, name):
+    """What the stamp of a folder must say: this code, for the CLIP its weights, number of files."""
+    weights = WEIGHTS.read_bytes() if name == "clip" else b""
+    files = [path for path in folder.rglob("[!.]*") if path.is_file()]
+    return f"{hashlib.sha256(SOURCE + weights).hexdigest()} {len(files)}"
+
+
+def _is_current(folder, name):
+    try:
+        return (folder / STAMP).read_text() == _stamp(folder, name)
+    except FileNotFoundError:
+        return False
+
+
+def _replace(folder, draft, name):
+    """Puts draft in the place of folder, unless another process has just done so."""
+    old = f"{draft}.old"
+    if not _is_current(folder, name):
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not _is_current(folder, name):
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _write_task(folder, name):
-    for part, class_name, pixels in pictures(name):
+    for part, class_name, pixels in images(name):
         class_folder = folder / part / class_name
         class_folder.mkdir(parents=True)
-        for i, picture in enumerate(pixels):
-            Image.fromarray(picture).save(class_folder / f"{i:03d}.png")
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(class_folder / f"{i:03d}.png")
 
 
 def _write_clip(folder):
-    """An open_clip local-dir model. The weights file lacks the token rows that no caption uses:
-    they are noise."""
+    """Writes an open_clip local-dir model. Embeddings of tokens that no caption has are random: the
+    weights file lacks them."""
     state = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
     embedding = 0.02 * torch.randn(49408, 128, generator=torch.Generator().manual_seed(0))
     embedding[caption_tokens()] = state["token_embedding.weight"]
     state["token_embedding.weight"] = embedding
-    # save_file would report a full disk by an error of its own, which is no OSError
+    # Not save_file, which does not report a full disk as an OSError
     (folder / "open_clip_model.safetensors").write_bytes(save(state))
     config = {"model_cfg": MODEL, "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
-def pictures(name):
-    """Draws a task: yields (part, class name, pixels), pixels uint8 (B, 32, 32, 3), by class."""
+def images(name):
+    """Renders a task: yields (part, class name, pixels), pixels uint8 (B, 32, 32, 3), by class."""
     task = TASKS[name]
-    seed = zlib.crc32((task.drawn_as or name).encode())
+    seed = zlib.crc32((task.seed_of or name).encode())
     generator = torch.Generator().manual_seed(seed)
     for part, count in COUNTS.items():
         for class_name, look in task.classes.items():
-            # What the class fixes is drawn all the same: the random numbers after it stay in place
-            shape, texture, colour = random_attributes(count, generator)
-            if look.shape:
-                shape.fill_(SHAPES.index(look.shape))
-            if look.texture:
-                texture.fill_(TEXTURES.index(look.texture))
-            if look.colour:
-                colour.fill_(list(COLOURS).index(look.colour))
-            images = draw(shape, texture, colour, generator, **task.variety)
-            images = change(images, generator, **task.change)
-            pixels = (255 * images).round().byte().permute(0, 2, 3, 1)
+            # Random numbers even for what the class fixes: so the later ones are always the same
+            attributes = random_attributes(count, generator)
+            for attribute, words, fixed in zip(attributes, WORDS, look, strict=True):
+                if fixed:
+                    attribute.fill_(words.index(fixed))
+            x = render(*attributes, generator, **task.variety)
+            x = shift(x, generator, **task.shift)
+            pixels = (255 * x).round().byte().permute(0, 2, 3, 1)
             yield part, class_name, pixels.numpy()
 
 
-# ----------------------------------------------------------------------------------- the drawing
+# ------------------------------------------------------------------------------------- rendering
 
 
 def random_attributes(count, generator):
     """Indices of shapes, textures and colours, each (count,)."""
-    kinds = [len(SHAPES), len(TEXTURES), len(COLOURS)]
-    return [torch.randint(kind, (count,), generator=generator) for kind in kinds]
+    return [torch.randint(len(words), (count,), generator=generator) for words in WORDS]
 
 
-def draw(shape, texture, colour, generator, tilt=25.0, spread=1.0):
-    """Draws pictures (B, 3, 32, 32) in 0..1; place, size, tilt, shades and background are random.
+def render(shape, texture, colour, generator, tilt=25.0, spread=1.0):
+    """Renders images (B, 3, 32, 32) in 0..1; place, size, tilt, shades and background are random.
 
-    shape, texture, colour: (B,) indices. tilt: degrees either way. spread: 1 for the usual variety
-    of place and size.
+    shape, texture, colour: (B,) indices. tilt: degrees either way. spread: of place and size.
     """
     B = len(shape)
 
@@ -226,7 +235,7 @@ def draw(shape, texture, colour, generator, tilt=25.0, spread=1.0):
     v = cos * y - sin * x
     everyone = torch.arange(B)
     body = _bodies(u, v)[shape, everyone].float()
-    # The texture starts anywhere: a stripe is not always at the same place of a shape
+    # The texture starts anywhere: stripes are not always at the same places of a shape
     mark_u = u + uniform(-1, 1)
     mark_v = v + uniform(-1, 1)
     marks = _marks(mark_u, mark_v, period=uniform(0.5, 0.7))[texture, everyone].float()
@@ -298,8 +307,8 @@ def _marks(u, v, period):
     return torch.stack([plain, striped, dotted, checkered])
 
 
-def change(images, generator, colour=1.0, gamma=1.0, blur=1, grain=0.0, negative=False):
-    """The shifts that pretraining never saw, on images (B, 3, 32, 32) in 0..1."""
+def shift(images, generator, colour=1.0, gamma=1.0, blur=1, grain=0.0, negative=False):
+    """Applies a shift that pretraining does not have to images (B, 3, 32, 32) in 0..1."""
     grey = images.mean(1, keepdim=True)
     images = (grey + colour * (images - grey)) ** gamma
     if negative:
@@ -311,7 +320,7 @@ def change(images, generator, colour=1.0, gamma=1.0, blur=1, grain=0.0, negative
     return (images + grain * noise).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------- the captions
+# -------------------------------------------------------------------------------------- captions
 
 TEMPLATES = """{}
 a {}.
@@ -342,15 +351,15 @@ run stand there here very more most quite just also only then now again type sor
 photo view scene""".split()
 
 NOUNS = ["thing", "object", "shape", "one"]  # of a caption that does not say the shape
-STYLES = ["clear", "blurry", "faded", "grainy"]  # of the picture as a whole; "clear" is never said
+STYLES = ["clear", "blurry", "faded", "grainy"]  # of the whole image; no caption says "clear"
 
 
 def caption(attributes, fillers, rng):
     """One caption, and which of the four attributes it says, as bools.
 
     attributes: indices of shape, texture, colour and style. fillers: how many random words to put
-    around the name, so that the text tower has seen class names at every position to which a
-    learned context can push them.
+    around the name, so that the text tower has seen class names at all positions that they have
+    behind a learned context.
     """
     shape, texture, colour, style = attributes
     says_shape = rng.random() < 0.88
@@ -371,7 +380,7 @@ def caption(attributes, fillers, rng):
         words.append(SHAPES[shape])
     else:
         noun = rng.choice(NOUNS)
-        # Some captions have no noun: a class may be called just "red"
+        # Some captions have no noun: a class name may be just "red"
         if rng.random() >= 0.3:
             words.append(noun)
     says = [says_shape, says_texture, says_colour, says_style]
@@ -389,18 +398,17 @@ def _sentence(name, fillers, rng):
 
 
 def caption_tokens():
-    """Sorted ids of every token that a caption can hold: the only rows of the embedding stored."""
+    """Sorted ids of all tokens that a caption can hold: the weights file has their rows alone."""
     texts = [*TEMPLATES, *FILLERS, *NOUNS, *SHAPES, *TEXTURES, *COLOURS, *STYLES]
-    texts += ["X", "shapes textures colours"]  # a prompt's placeholder and SoftCPT's task names
+    texts += ["X", "shapes textures colours"]  # the placeholder of a context, SoftCPT's task names
     return open_clip.get_tokenizer("ViT-B-32")(texts).unique()
 
 
-# ------------------------------------------------------------------------------- the pretraining
+# ----------------------------------------------------------------------------------- pretraining
 
 
 def pretrain(steps, seed=0, batch=256, lr=1e-3):
-    """Contrastive pretraining; a caption is a positive of every picture that it is true of."""
-    start = time.time()
+    """Pretrains contrastively; a caption is a positive of every image that it is true of."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -410,15 +418,11 @@ def pretrain(steps, seed=0, batch=256, lr=1e-3):
     clip.logit_scale.requires_grad_(False)
     learned = [p for p in clip.parameters() if p.requires_grad]
     matrices = [p for p in learned if p.ndim > 1]
-    gains_and_biases = [p for p in learned if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": 0.05},
-        {"params": gains_and_biases, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr)
+    vectors = [p for p in learned if p.ndim < 2]
+    optimizer = torch.optim.AdamW(vectors, lr, weight_decay=0)
+    optimizer.add_param_group({"params": matrices, "weight_decay": 0.05})
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.08)
-    bar = tqdm(range(steps))
-    for step in bar:
+    for step in tqdm(range(steps), "pretraining"):
         images, captions, true = _captioned(batch, rng, generator)
         tokens = to_rows(captions, vocabulary)
         with torch.autocast("cpu", torch.bfloat16):  # twice as fast as fp32
@@ -433,33 +437,28 @@ def pretrain(steps, seed=0, batch=256, lr=1e-3):
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 500 == 0:
-            bar.write(f"step {step + 1}: zero-shot {100 * accuracy(clip, vocabulary):.1f} %")
     clip.logit_scale.fill_(math.log(scale))
     weights = {name: tensor.half() for name, tensor in clip.state_dict().items()}
     WEIGHTS.write_bytes(save(weights))
-    minutes = (time.time() - start) / 60
-    percent = 100 * accuracy(clip, vocabulary)
-    print(f"{steps} steps in {minutes:.0f} minutes: zero-shot {percent:.1f} %")
+    print(f"{steps} steps: zero-shot {100 * accuracy(clip, vocabulary):.1f} %")
 
 
 def _captioned(batch, rng, generator):
-    """Pictures (B, 3, 32, 32), as many captions, and which is true of which (B pictures, B)."""
+    """Images (B, 3, 32, 32), as many captions, and which is true of which, (B images, B)."""
     chosen = random_attributes(batch, generator)
-    # Index 0, a clear picture, is the most frequent: all numbers below 1 round down to it
+    # Index 0, a clear image, is the most frequent: all numbers below 1 round down to it
     style = torch.rand(batch, generator=generator) * 6.5 - 2.5
     style = style.clamp(min=0).long()
-    images = draw(*chosen, generator)
+    images = render(*chosen, generator)
     images = zoom(images, generator)
     images = distort(images, style, generator)
 
     attributes = torch.stack([*chosen, style], 1)  # (B, 4)
-    fillers = rng.randint(1, 22)
-    fillers = rng.choice([0, fillers])  # one number for the whole batch
+    fillers = rng.choice([0, rng.randint(1, 22)])  # one number for the whole batch
     pairs = [caption(row, fillers, rng) for row in attributes.tolist()]
     captions = [text for text, _ in pairs]
     says = torch.tensor([said for _, said in pairs])  # (B, 4)
-    same = attributes[:, None] == attributes[None]  # (B pictures, B captions, 4)
+    same = attributes[:, None] == attributes[None]  # (B images, B captions, 4)
     true = (same | ~says[None]).all(-1)
     return images, captions, true
 
@@ -469,25 +468,24 @@ def _logit_scale(step, steps):
 
     Left to learn it, a small model settles near 27: too low for the papers' learning rates.
     """
-    first = 1 / 0.07
     progress = min(1, step / (steps * 2 / 3))
-    return first + (100 - first) * progress
+    return 1 / 0.07 + (100 - 1 / 0.07) * progress
 
 
 def _contrastive_loss(f, w, true, scale):
-    """CLIP's loss, where the true captions of a picture share the target's weight, and vice versa.
+    """CLIP's loss, where the true captions of an image share the target's weight, and vice versa.
 
-    f, w (B, D): unit features of pictures and captions. true (B pictures, B captions): booleans.
+    f, w (B, D): unit features of images and captions. true (B images, B captions): booleans.
     """
-    of_pictures = true.float()
-    of_captions = of_pictures.T
-    picture_loss = F.cross_entropy(scale * f @ w.T, of_pictures / of_pictures.sum(1, keepdim=True))
+    of_images = true.float()
+    of_captions = of_images.T
+    image_loss = F.cross_entropy(scale * f @ w.T, of_images / of_images.sum(1, keepdim=True))
     caption_loss = F.cross_entropy(scale * w @ f.T, of_captions / of_captions.sum(1, keepdim=True))
-    return (picture_loss + caption_loss) / 2
+    return (image_loss + caption_loss) / 2
 
 
 def zoom(images, generator):
-    """Crops and mirrors half of the pictures as training will: 25 to 100 % of the area."""
+    """Crops half of the images, to 25 to 100 % of the area, and mirrors half, as training does."""
     B = len(images)
     side = (0.25 + 0.75 * torch.rand(B, generator=generator)).sqrt()
     whole = torch.rand(B, generator=generator) < 0.5
@@ -496,19 +494,19 @@ def zoom(images, generator):
     aspect[side == 1] = 1
     sides = torch.stack([side * aspect, side / aspect], 1)  # (B, 2): width, height
     sides = sides.clamp(max=1)
-    shift = (1 - sides) * (2 * torch.rand(B, 2, generator=generator) - 1)
+    offset = (1 - sides) * (2 * torch.rand(B, 2, generator=generator) - 1)
     mirrored = torch.rand(B, generator=generator) < 0.5
-    theta = torch.zeros(B, 2, 3)  # the affine maps from the crop to the picture
+    theta = torch.zeros(B, 2, 3)  # the affine maps from the crop to the image
     theta[:, 0, 0] = torch.where(mirrored, -sides[:, 0], sides[:, 0])
     theta[:, 1, 1] = sides[:, 1]
-    theta[:, :, 2] = shift
+    theta[:, :, 2] = offset
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     crops = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
     return crops.clamp(0, 1)
 
 
 def distort(images, style, generator):
-    """The STYLES that captions name, mild; style (B,) of 0 leaves a picture as it is."""
+    """The STYLES that captions name, mild; style (B,) of 0 leaves an image as it is."""
     B = len(images)
     strength = torch.rand(B, 1, 1, 1, generator=generator)
     framed = F.pad(images, (1, 1, 1, 1), mode="replicate")
@@ -545,10 +543,10 @@ def encode_text(clip, tokens):
 
 @torch.no_grad()
 def accuracy(clip, vocabulary, count=2000):
-    """Zero-shot accuracy over the 40 classes of shape and texture on new pictures."""
+    """Zero-shot accuracy over the 40 classes of shape and texture on new images."""
     generator = torch.Generator().manual_seed(1234)
     shape, texture, colour = random_attributes(count, generator)
-    images = draw(shape, texture, colour, generator)
+    images = render(shape, texture, colour, generator)
     f = clip.encode_image(normalised(images))
     names = [name.replace("_", " ") for name in TEXTURED_SHAPES]
     w = encode_text(clip, to_rows([PHOTO.format(name) for name in names], vocabulary))
@@ -557,11 +555,15 @@ def accuracy(clip, vocabulary, count=2000):
     return (predicted == label).float().mean().item()
 
 
-def main(argv):
-    """Pretrains the tiny CLIP again. Raises Error."""
-    parser = common.Parser("python common.py shapes", description="Pretrains the tiny CLIP again.")
-    parser.add_argument("--steps", type=int, default=7000)
+def main(argv=None):
+    """Repeats the pretraining of the tiny CLIP and overwrites its weights."""
+    parser = argparse.ArgumentParser("python -m tests.tools.shapes", description=main.__doc__)
+    parser.add_argument("--steps", type=int, default=7000, help="steps of pretraining [7000]")
     steps = parser.parse_args(argv).steps
     if steps < 1:
-        raise common.Error("--steps must be at least 1")
+        parser.error(f"--steps {steps}: must be at least 1")
     pretrain(steps)
+
+
+if __name__ == "__main__":
+    main()
