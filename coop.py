@@ -1,18 +1,21 @@
 """CoOp: learn the context words of the prompt, keep CLIP frozen.
 
-    t_i    = [V]_1 [V]_2 ... [V]_M [CLASS]_i .              the prompt of class i (Fig. 2)
-    w_i    = g(t_i) / ||g(t_i)||                            g: text encoder
-    p(i|x) = exp(<w_i, f> / tau) / sum_j exp(<w_j, f> / tau)
-    L      = mean over the batch of -log p(y|x)
+    V    context vectors, learned  (1 or K, M, d_t)     K  classes           M  n_ctx
+    w_i  unit text feature         (K, D)               g  text encoder      D  joint width
+    f    unit image feature        (B, D)               tau  CLIP's temperature, frozen
 
-    f    unit image feature    (B, D)        V    context vectors, learned    (1 or K, M, d)
-    w_i  unit text feature     (K, D)        K    classes                     M  n_ctx
-    tau  CLIP's temperature, frozen          d    width of the text tower     D  joint width
+    (1)  t_i = [V]_1 ... [V]_M [CLASS]_i .                      trainers/coop.py:126-134   Fig. 2
+    (2)  or [V]_1 ... [V]_h [CLASS]_i [V]_h+1 ... [V]_M .       trainers/coop.py:136-157
+         h = floor(M/2) with --position middle, 0 with front    trainers/coop.py:159-177
+    (3)  w_i = g(t_i) / ||g(t_i)||                              trainers/coop.py:198-203
+    (4)  f = image feature / ||image feature||                  trainers/coop.py:196,202
+    (5)  logits_i = <w_i, f> / tau                              trainers/coop.py:205-206
+    (6)  L = mean over the batch of -log softmax(logits)_y      trainers/coop.py:271-274
 
-g reads "[SOS] V name. [EOT]" at [EOT]; "name." is tokenised as one text, "_" being a space, and V
-has positions as words have. V is one for all classes or, with --csc, one per class, and starts from
-N(0, 0.02^2) or words.
---position front: [CLASS]_i V . and middle: [V]_1 ... [V]_floor(M/2) [CLASS]_i, the rest of V, "."
+The numbers are ours, the lines those of the official code. g encodes "[SOS] V name. [EOT]" and
+returns the feature at [EOT]. Underscores in names become spaces; V gets positional embeddings like
+words. V is one for all classes or, with --csc, one per class, and is initialised from N(0, 0.02^2)
+or from words.
 
 Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 130(9), 2022
 https://arxiv.org/abs/2109.01134      official code: github.com/KaiyangZhou/CoOp, commit ff61507
@@ -24,12 +27,13 @@ Result on shapes, 16 shots: 65.70 ± 1.02 % (n = 3; python coop.py --seed SEED),
 zero-shot 49.35; none on a benchmark yet.
 
 Deviations from the official code:
- 1. V is kept in fp32 and CLIP may run under autocast; the release updates V in fp16 without loss
-    scaling, where steps below 8e-6 are lost.
- 2. Where a mark at a name's end makes one token with the dot ("what?."), front and middle put V
-    before that token; the release counts the bare name's tokens, and puts V behind it.
- 3. --init with a word of several tokens, or with --csc, is refused; the release misplaces the words
-    of the one and ignores --csc in the other.
+ 1. V is fp32 and CLIP may run under autocast; the official code updates V in fp16 without loss
+    scaling, where steps below 8e-6 are lost (trainers/coop.py:66,86-96,250).
+ 2. If a name ends in punctuation that the tokeniser merges with the dot ("what?."), front and middle
+    put V between the two; the official code puts it behind the merged token (99-100).
+ 3. --init with a word of several tokens is refused: the official code misplaces such words in front
+    and middle, and at the end does not learn their surplus tokens (75-79,110). --init with --csc is
+    refused too; the official code ignores --csc then (72-80).
 """
 
 from dataclasses import dataclass
@@ -49,67 +53,91 @@ EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}  # by shots, else 200 (COOP.md
 class Config(common.Config):
     n_ctx: int = 16  # M, context vectors
     csc: bool = False  # class-specific contexts: one V per class
-    position: Literal["end", "middle", "front"] = "end"  # of the class name
-    init: str = ""  # words to start V from ("a photo of a"; sets M); "" = N(0, 0.02^2)
+    position: Literal["end", "middle", "front"] = "end"  # of the class name in the prompt
+    init: str = ""  # words that initialise V ("a photo of a"; sets M); "" = N(0, 0.02^2)
 
     usual_model: ClassVar[str] = "RN50"
 
 
 class PromptLearner(nn.Module):
-    """V, shared by all classes (unified) or one per class (class-specific context)."""
+    """V, shared by all classes (unified context) or one per class (class-specific context)."""
 
     def __init__(self, cfg, clip, K):
-        """Starts V from noise or from the words of cfg.init. Raises common.Error."""
+        """Raises common.Error for options that contradict each other."""
         super().__init__()
-        self.csc, self.position = cfg.csc, cfg.position
-        d = clip.token_embedding.weight.shape[1]
-        ctx = 0.02 * torch.randn(K if cfg.csc else 1, cfg.n_ctx, d)
-        if cfg.csc and (cfg.transfer or cfg.classes == "base"):
-            raise common.Error("--csc is for its own classes: no --transfer or --classes base")
+        ctx = 0.02 * torch.randn(K if cfg.csc else 1, cfg.n_ctx, clip.d_t)
         if cfg.init:
             ids = clip.tokenize.encode(cfg.init)
             if cfg.csc or len(ids) != len(cfg.init.split()):
-                raise common.Error(f"--init {cfg.init!r} needs one token a word, and no --csc")
+                raise common.Error(f"--init {cfg.init!r} needs one token per word, and no --csc")
+            if cfg.n_ctx not in (Config.n_ctx, len(ids)):
+                raise common.Error(f"--n_ctx {cfg.n_ctx}: --init sets it to {len(ids)}")
             ctx = clip.token_embedding.weight[ids][None].float()
-        self.ctx = nn.Parameter(ctx)  # (1 or K, M, d)
+        self.csc, self.ctx = cfg.csc, nn.Parameter(ctx)  # (1 or K, M, d_t)
+        M = ctx.shape[1]
+        self.before = {"end": M, "middle": M // 2, "front": 0}[cfg.position]  # Eq. 1, 2
+        self.after = M - self.before
 
-    def forward(self, clip, names):
-        """w (K, D), the unit text features of the classes."""
-        K = len(names.tail)
-        context_of = torch.arange(K, device=clip.device) if self.csc else None
-        w = common.encode_prompts(clip, names, self.ctx, context_of, self.position)
-        return F.normalize(w, dim=-1)
+    def embed(self, clip, classnames):
+        """The Names of class names, with words "X" behind each name for the rest of V, and where in
+        Names.tail these words are, (K, after)."""
+        names = common.embed_names(clip, classnames, self.before, "{}" + " X" * self.after + ".")
+        dot = names.eot[:, None] - 1
+        return names, common.to_device(dot - self.after + torch.arange(self.after), clip.device)
+
+    def forward(self, clip, names, places):
+        """w (K, D), the unit text features of the classes that embed() embedded."""
+        before, after = self.ctx[:, : self.before], self.ctx[:, self.before :]
+        if self.after:
+            K, _, d_t = names.tail.shape
+            index = places[..., None].expand(-1, -1, d_t)
+            tail = names.tail.scatter(1, index, after.expand(K, -1, -1))  # Eq. 2
+            names = names._replace(tail=tail)
+        of_class = torch.arange(len(names.tail), device=clip.device) if self.csc else None
+        return F.normalize(common.encode_prompts(clip, names, before, of_class), dim=-1)  # Eq. 1, 3
+
+
+def learnables(cfg, clip, data):
+    """The PromptLearner at its initial value, for the class names of data."""
+    torch.manual_seed(cfg.seed)
+    return PromptLearner(cfg, clip, len(data.classnames)).to(clip.device)
 
 
 def train(cfg, clip, data, prompt):
     """Learns V by cross-entropy."""
-    epochs = 50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200)
-    optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or epochs)
+    epochs = cfg.epochs or (50 if data.name == "imagenet" else EPOCHS.get(cfg.shots, 200))
+    optimizer = common.Optimizer(cfg, clip, prompt.parameters(), epochs)
     images = common.Loader(cfg, clip, data)
-    names = common.embed_names(clip, data.classnames, prompt.ctx.shape[1])
+    names, places = prompt.embed(clip, data.classnames)
+
+    def loss(x, y):
+        f = common.unit_features(clip, x)  # Eq. 4, (B, D)
+        w = prompt(clip, names, places)  # (K, D)
+        logits = clip.scale * f @ w.T  # Eq. 5, (B, K)
+        return F.cross_entropy(logits, y)  # Eq. 6
+
     for epoch in common.resumed(cfg, clip, data, prompt, optimizer):
         for x, y in images.epoch(epoch):
-            f = common.unit_features(clip, x)  # (B, D), frozen
-            w = prompt(clip, names)  # (K, D)
-            logits = clip.scale * f @ w.T  # (B, K), cos(f, w_i) / tau
-            optimizer.step(F.cross_entropy(logits, y))
+            optimizer.step(loss(x, y))
 
 
-def classifier(cfg, clip, prompt, target):
-    """w (K, D) of the class names of target, a common.Dataset. Raises common.Error."""
-    if cfg.csc and len(target.classnames) != len(prompt.ctx):
-        raise common.Error(f"--csc is for the classes it learned, not for {target.name}'s")
-    return prompt(clip, common.embed_names(clip, target.classnames, prompt.ctx.shape[1]))
+def classifier(cfg, clip, prompt, data, target):
+    """w (K, D) of the class names of target, a common.Dataset; data: the one trained on. Raises
+    common.Error."""
+    if cfg.csc and target.classnames != data.classnames:
+        raise common.Error(f"--csc learns contexts of its own classes, not of {target.name}'s")
+    return prompt(clip, *prompt.embed(clip, target.classnames))
 
 
 def main(cfg):
     """Trains, evaluates and records; returns the accuracy in percent."""
     data = common.few_shot(cfg)
     clip = common.load_clip(cfg)
-    torch.manual_seed(cfg.seed)
-    prompt = PromptLearner(cfg, clip, len(data.classnames)).to(clip.device)
+    prompt = learnables(cfg, clip, data)
+    ours = partial(classifier, cfg, clip, prompt, data)
+    common.check_targets(cfg, data, ours)
     train(cfg, clip, data, prompt)
-    return common.evaluate(cfg, clip, data, partial(classifier, cfg, clip, prompt))
+    return common.evaluate(cfg, clip, data, ours)
 
 
 if __name__ == "__main__":
