@@ -209,10 +209,10 @@ class Clip:
     """A frozen open_clip model in eval mode, and what the methods ask of it besides.
 
     tokenize, device, precision; scale: exp(logit_scale) = 1 / tau, on the device; widths d_t, D and
-    d_v (of a ViT); image_size in pixels; mean and std (3, 1, 1); activation of the MLPs:
-    "QuickGELU" or "GELU"; fingerprint: hash of weights, heads and activation; half: dtype of the frozen weight
-    matrices and of the matmuls, torch.float16 ("amp"), torch.bfloat16 or None (fp32). Learnables,
-    norms, logits and losses are fp32. All else, as clip.visual, is the model's own.
+    d_v (of a ViT); image_size in pixels; mean and std (3, 1, 1); activation: "QuickGELU" or "GELU";
+    fingerprint: hash of weights, heads and activation; half: dtype of the frozen weight matrices
+    and of the matmuls, torch.float16 (amp), torch.bfloat16 or None (fp32). Learnables, norms,
+    logits and losses are fp32. All else, as clip.visual, is the model's own.
     """
 
     def __init__(self, model, tokenize, device="cpu", precision="fp32"):

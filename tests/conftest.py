@@ -22,6 +22,8 @@ import softcpt
 import upt
 from tests.tools import shapes
 
+METHODS = {"coop": coop, "dpt": dpt, "upt": upt, "enprompt": enprompt, "softcpt": softcpt}
+
 # tqdm's own lock is shared with forked children; one that is killed within it would stop us all
 tqdm.set_lock(threading.RLock())
 
@@ -88,22 +90,7 @@ def toy(count=6):
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(256, (count, 3, 40, 36), generator=generator, dtype=torch.uint8)
     items = [(picture, i % 3, NAMES[i % 3]) for i, picture in enumerate(pictures)]
-    return common.Dataset("toy", items, [], items, NAMES, "a photo of a {}.")
-
-
-def new_prompt(method, cfg, clip, data):
-    """The learnables at their start, as method.main makes them. data: of SoftCPT its Tasks."""
-    torch.manual_seed(cfg.seed)
-    if method is coop:
-        return coop.PromptLearner(cfg, clip, len(data.classnames))
-    if method is dpt:
-        return dpt.DualPrompt(cfg, clip, len(data.classnames))
-    if method is upt:
-        d_t = clip.token_embedding.weight.shape[1]
-        return upt.UnifiedPrompt(cfg, d_t, clip.blocks()[0].ln_1.weight.numel())
-    if method is enprompt:
-        return enprompt.ExternalLayer(cfg, clip)
-    return softcpt.SoftContext(cfg, clip, len(data.sets), len(data.column_task))
+    return common.Dataset("toy", items, items, NAMES, "a photo of a {}.")
 
 
 class Batches:
@@ -119,7 +106,7 @@ class Batches:
         yield from self.pairs
 
 
-# before, gradients: {name: tensor} of the learnables; times: how often SGD stepped.
+# before, gradients: {name: tensor} of the learnables; times: how often SGD stepped
 Step = namedtuple("Step", "before loss gradients times")
 
 
@@ -132,38 +119,41 @@ def rehearse(method, cfg, clip, data, prompt, batches=None, epochs=(0,), moving=
     """
     steps, rates, take_step = [], [], common.Optimizer.step
 
+    def put_back():
+        if steps and not moving:
+            prompt.load_state_dict(steps[-1].before)
+
     def resumed(cfg, clip, data, prompt, optimizer):
+        optimizer.sgd.register_step_post_hook(lambda *args: steps[-1].times.append(args))
         for epoch in range(optimizer.epochs) if epochs is None else epochs:
             rates.append([group["lr"] for group in optimizer.sgd.param_groups])
             yield epoch
+            put_back()
             if not optimizer.losses:  # an epoch without batches
                 optimizer.losses.append(torch.zeros(()))
             optimizer.end_epoch()
 
     def step(optimizer, loss):
+        put_back()
         before = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
-        taken = []
-        hook = optimizer.sgd.register_step_post_hook(lambda *args: taken.append(args))
+        steps.append(Step(before, loss.detach(), {}, []))
         take_step(optimizer, loss)
-        hook.remove()
         found = {n: p.grad.clone() for n, p in prompt.named_parameters() if p.grad is not None}
-        steps.append(Step(before, loss.detach(), found, len(taken)))
-        if not moving:
-            prompt.load_state_dict(before)
+        steps[-1].gradients.update(found)
 
     with pytest.MonkeyPatch.context() as patch:
         if batches is not None:
-            patch.setattr(common, "Loader", lambda cfg, clip, data: Batches(batches))
+            patch.setattr(common, "Loader", lambda cfg, clip, data, crops=None: Batches(batches))
         patch.setattr(common, "resumed", resumed)
         patch.setattr(common.Optimizer, "step", step)
         method.train(cfg, clip, data, prompt)
-    return steps, rates
+    return [step._replace(times=len(step.times)) for step in steps], rates
 
 
 def schedule(method, clip, data, **options):
     """The learning rates of each group of parameters in each epoch of method."""
     cfg = method.Config(**options)
-    prompt = new_prompt(method, cfg, clip, data)
+    prompt = method.learnables(cfg, clip, data)
     return rehearse(method, cfg, clip, data, prompt, batches=[], epochs=None)[1]
 
 
@@ -220,7 +210,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clip(world):
     """The pretrained tiny CLIP."""
-    return common.load_clip(f"local-dir:{world}/shapes/clip", "openai", "cpu", "fp32")
+    return common.load_clip(common.Config(model=f"local-dir:{world}/shapes/clip", device="cpu"))
 
 
 @pytest.fixture
@@ -233,8 +223,8 @@ def fit(world, tmp_path):
         return method.main(method.Config(**usual | options))
 
     def rows():
-        files = sorted(tmp_path.rglob("results.json"), key=lambda path: path.stat().st_mtime_ns)
-        return [row for path in files for row in json.loads(path.read_text("utf-8"))]
+        files = sorted(tmp_path.rglob("results/*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return [json.loads(path.read_text("utf-8")) for path in files]
 
     fit.rows = rows
     return fit

@@ -23,7 +23,7 @@ import coop
 import dpt
 import softcpt
 import upt
-from tests.conftest import new_prompt, rehearse
+from tests.conftest import rehearse
 
 FOLDER = Path(__file__).with_name("reference")
 TOLERANCE = {"values": 1e-5, "gradients": 1e-3, "rates": 1e-9}
@@ -79,7 +79,7 @@ Run = namedtuple("Run", "method cfg prompt steps rates")
 
 
 def load_clip(folder):
-    return common.load_clip(f"local-dir:{folder}", device="cpu", precision="fp32")
+    return common.load_clip(common.Config(model=f"local-dir:{folder}", device="cpu"))
 
 
 def logit_scale(clip):
@@ -88,7 +88,7 @@ def logit_scale(clip):
 
 def dataset(classnames, name="reference"):
     """A data set without pictures, because the batches are brought."""
-    return common.Dataset(name, [], [], [], classnames, "a photo of a {}.")
+    return common.Dataset(name, [], [], classnames, "a photo of a {}.")
 
 
 def joined(parts, titles):
@@ -108,7 +108,7 @@ def embedded(clip, classnames, n_ctx):
 def hand_features(clip, classnames):
     """(K, D) features, before normalisation, of "a photo of a {}."."""
     names = common.embed_names(clip, classnames, 0, "a photo of a {}.")
-    no_context = torch.zeros(1, 0, clip.token_embedding.weight.shape[1])
+    no_context = torch.zeros(1, 0, clip.d_t)
     return common.encode_prompts(clip, names, no_context)
 
 
@@ -124,7 +124,7 @@ def run(method, clip, data, batches, start=None, met=(0,), moving=False, **optio
     the initial ones.
     """
     cfg = method.Config(**options)
-    prompt = new_prompt(method, cfg, clip, data)
+    prompt = method.learnables(cfg, clip, data)
     if start is not None:
         own = prompt.state_dict()
         prompt.load_state_dict({name: start[name].reshape(own[name].shape) for name in start})
@@ -135,7 +135,7 @@ def run(method, clip, data, batches, start=None, met=(0,), moving=False, **optio
 @torch.no_grad()
 def logits_of(found, clip, data, images):
     """The logits of a Run's prompt, as evaluated."""
-    predict = found.method.classifier(found.cfg, clip, found.prompt, data)
+    predict = found.method.classifier(found.cfg, clip, found.prompt, data, data)
     f = common.unit_features(clip, images)
     return predict(images, f) if callable(predict) else logit_scale(clip) * f @ predict.T
 
@@ -253,7 +253,7 @@ def tower_inputs(clip, found, data, images):
         layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0]))
         for layer in layers
     ]
-    predict = found.method.classifier(found.cfg, clip, found.prompt, data)
+    predict = found.method.classifier(found.cfg, clip, found.prompt, data, data)
     f = common.unit_features(clip, images)
     inputs.clear()  # The frozen tower's
     with torch.no_grad():
