@@ -1,30 +1,30 @@
-"""download.py against a server on 127.0.0.1: whole, broken, hostile; nothing half-made is left."""
+"""tests/tools/download.py against a server on this machine: whole, damaged, hostile, killed."""
 
+import functools
 import hashlib
 import io
-import json
+import itertools
 import multiprocessing
 import os
-import random
-import shutil
+import re
+import runpy
+import signal
 import sys
 import tarfile
+import tempfile
 import threading
-import time
 import zipfile
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from torchvision.datasets.utils import download_url
 
 import common
 from tests.tools import download
 
-resource = pytest.importorskip("resource")  # POSIX: a full disk is made by its limit
-processes = multiprocessing.get_context("fork")  # children have imported torch already
-
-# The folder of the images in each owner's archive
+# The folder of images in the owners' archives
 INSIDE = {
     "caltech101": "caltech-101/101_ObjectCategories",
     "dtd": "dtd/images",
@@ -41,48 +41,26 @@ INSIDE = {
     "imagenet_a": "imagenet-a",
     "imagenet_r": "imagenet-r",
 }
-WORDNET = ["n01440764", "n01498041", "n02119022"]
-VARIANTS = ["707-320", "Boeing 717", "F-A 18"]
-
-
-class Server(ThreadingHTTPServer):
-    """Serves .files {name: bytes} as .mood says, and notes the (name, Range) that were asked."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-        self.files, self.mood, self.asked = {}, "kind", []
-
-    def handle_error(self, *client):
-        """A client that has gone is no news."""
+THIRD_PARTY = ["eurosat", "stanford_cars", "sun397", "ucf101"]
+SHARED = Path(__file__).parents[2] / "shared"
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="children share the server")
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        server, name, wanted = self.server, self.path.split("/")[-1], self.headers.get("Range")
-        server.asked.append((name, wanted))
-        if name not in server.files or server.mood == "away":
-            return self.send_error(404 if server.mood == "kind" else 503)
-        content = server.files[name]
-        start = int(wanted[6:-1]) if wanted and server.mood != "no ranges" else 0
-        if start and start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            return self.end_headers()
-        self.send_response(206 if start else 200)
-        if server.mood == "nonsense":
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            return self.wfile.write(b"zzz\r\n")
-        self.send_header("Content-Length", len(content) - start)
+        content = self.server.files.get(self.path[1:])
+        if content is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", len(content))
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", hashlib.sha1(content).hexdigest())
         self.end_headers()
-        if server.mood == "cut":
-            content = content[: len(content) * 2 // 3]
-        for i in range(start, len(content), 1 << 16):
-            self.wfile.write(content[i : i + (1 << 16)])
-            time.sleep(0.01 if server.mood == "slow" else 0)
+        if self.command == "GET":
+            self.server.asked.append(self.path[1:])
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
 
     def log_message(self, *message):
         pass
@@ -90,15 +68,16 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A running Server to which every address leads, the archives' checksums left out."""
-    server = Server()
+    """A server of .files {address: bytes}, where an address on the hub lacks the hub's name."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.asked, server.handle_error = {}, [], lambda *client: None
+    here = f"http://127.0.0.1:{server.server_port}"
+    hub = functools.partial(huggingface_hub.hf_hub_download, endpoint=here)
+    monkeypatch.setattr(download, "hf_hub_download", hub)
+    other = lambda url, *more: download_url(f"{here}/{url}", *more)  # noqa: E731
+    monkeypatch.setattr(download, "download_url", other)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    sources = {}
-    for name, source in download.SOURCES.items():
-        sources[name] = source._replace(url=server.url + source.url.split("/")[-1], md5="")
-    monkeypatch.setattr(download, "SOURCES", sources)
-    monkeypatch.setattr(download, "SPLITS", server.url)
     yield server
     server.shutdown()
     server.server_close()
@@ -106,7 +85,7 @@ def server(monkeypatch):
 
 
 def pack(name, entries):
-    """An archive of the type its name tells; entries are (name, bytes or fields of a TarInfo)."""
+    """An archive of the kind that name tells; entries are (name, bytes or (type, link))."""
     file = io.BytesIO()
     if name.endswith(".zip"):
         with zipfile.ZipFile(file, "w") as archive:
@@ -116,439 +95,235 @@ def pack(name, entries):
     with tarfile.open(fileobj=file, mode="w" if name.endswith(".tar") else "w:gz") as archive:
         for entry, content in entries:
             info = tarfile.TarInfo(entry)
-            if isinstance(content, dict):
-                for field, value in content.items():
-                    setattr(info, field, value)
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
                 content = b""
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return file.getvalue()
 
 
-def archive_name(name):
-    return download.SOURCES[name].url.split("/")[-1]
-
-
-def lists(name):
-    """{part: [[path below the images, label, class name], ...]} of a small split file."""
-    prefix = {"train": "", "val": "", "test": ""}
-    if name == "stanford_cars":
-        prefix = {"train": "cars_train/", "val": "cars_train/", "test": "cars_test/"}
-    split = {}
-    for i, part in enumerate(common.PARTS):
-        rows = [[f"{prefix[part]}{label}_{i}.jpg", label, f"class {label}"] for label in range(3)]
-        split[part] = rows
-    return split
-
-
-def owners(name):
-    """(entries of the owner's archive, bytes of the split file or None)."""
-    inside = INSIDE[name]
-    if name == "fgvc_aircraft":
-        above = inside.removesuffix("/images")
-        entries = [(f"{above}/variants.txt", "\n".join(VARIANTS).encode())]
-        for i, part in enumerate(common.PARTS):
-            lines = [f"{10 * i + n} {variant}\n" for n, variant in enumerate(VARIANTS)]
-            entries.append((f"{above}/images_variant_{part}.txt", "".join(lines).encode()))
-            entries += [(f"{inside}/{10 * i + n}.jpg", b"picture") for n in range(3)]
-        return entries, None
-    if not common.BENCHMARKS[name].split:
-        keys = ["0", "2", "10"] if name == "imagenetv2" else WORDNET
-        return [(f"{inside}/{key}/1.jpeg", b"picture") for key in keys], None
-    split = lists(name)
-    above = inside.removesuffix("cars_train").rstrip("/")
-    entries = []
-    for part in common.PARTS:
-        entries += [(f"{above}/{path}", b"picture") for path, *_ in split[part]]
-    return entries, json.dumps(split).encode()
+def good(name):
+    """The entries of a small archive, laid out as its owners do."""
+    inside = Path(INSIDE[name])
+    beside = (inside.parent / "lists/2.txt").as_posix(), b"list"
+    if name != "caltech101":
+        return [(f"{INSIDE[name]}/a/1.jpg", b"image"), beside]
+    # An archive in the archive, packed on a Mac
+    inner = pack(".tar.gz", [("101_ObjectCategories/a/1.jpg", b"image")])
+    shadow = "__MACOSX/caltech-101/._101_ObjectCategories.tar.gz"
+    return [("caltech-101/101_ObjectCategories.tar.gz", inner), (shadow, b"Mac"), beside]
 
 
 @pytest.fixture
 def serve(server, monkeypatch):
-    """serve(name) puts a small data set on the server as its owners pack it."""
+    """serve(name) puts a small benchmark on the server: addresses of archive and split file."""
 
-    def serve(name):
-        entries, split = owners(name)
-        if name == "caltech101":  # an archive in the archive, packed on a Mac
-            inner = [(entry.split("/", 1)[1], content) for entry, content in entries]
-            images = "caltech-101/101_ObjectCategories.tar.gz"
-            shadow = "__MACOSX/caltech-101/._101_ObjectCategories.tar.gz"
-            entries = [(images, pack(".tar.gz", inner)), (shadow, b"\0\5\x16\7")]
-        server.files[archive_name(name)] = pack(archive_name(name), entries)
-        if split:
-            title = common.BENCHMARKS[name].split
-            server.files[f"split_zhou_{title}.json"] = split
-            monkeypatch.setitem(download.BLOBS, title, blob(split))
+    def serve(name, extra=()):
+        archive = download.ARCHIVES[name].removeprefix(download.HUB)
+        split = f"{download.SPLITS}split_zhou_{common.BENCHMARKS[name].split}.json"
+        server.files |= {archive: pack(archive, [*good(name), *extra]), split: b"{}"}
+        md5 = hashlib.md5(server.files[archive]).hexdigest()
+        for url, digest in (archive, md5), (split, hashlib.sha1(b"blob 2\0{}").hexdigest()):
+            if Path(url).name in download.CHECKSUMS:
+                monkeypatch.setitem(download.CHECKSUMS, Path(url).name, digest)
+        return archive, split
 
     return serve
 
 
-def blob(content):
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()[:16]
+def files(root):
+    found = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    return {path for path in found if not path.endswith(".lock")}
 
 
-def left(root):
-    """What lies in root, files as well as folders, without the progress of a download."""
-    return sorted(p.name for p in root.iterdir() if p.suffix != ".part") if root.exists() else []
+def whole(name):
+    """The files of the small benchmark in --data."""
+    folder, images, split, _ = common.BENCHMARKS[name]
+    found = {f"{folder}/{images or 'cars_train'}/a/1.jpg", f"{folder}/lists/2.txt"}
+    return found | ({f"{folder}/split_zhou_{split}.json"} if split else set())
 
 
-def is_whole(name, root):
-    data = common.load_dataset(name, root)
-    pictures = [item[0] for item in data.train + data.val + data.test]
-    return len(pictures) >= 3 and all(Path(p).read_bytes() == b"picture" for p in pictures)
+def run(name, root):
+    common.script(lambda: download.main([name, "--data", str(root)]))
 
 
-def refused(function, *arguments):
-    with pytest.raises(common.Error) as problem:
-        function(*arguments)
-    assert "\n" not in str(problem.value)
-    return str(problem.value)
+def refused(capsys, name, root):
+    """The one line with which a download ends, exit code 2."""
+    with pytest.raises(SystemExit, match="^2$"):
+        run(name, root)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
 
 
-# ---------------------------------------------------------------------------- whole
+def test_every_benchmark_has_an_address_or_advice(tmp_path, capsys):
+    assert {*INSIDE, "imagenet"} == {*download.ARCHIVES, "imagenet"} == set(common.BENCHMARKS)
+    splits = {f"split_zhou_{b.split}.json" for b in common.BENCHMARKS.values() if b.split}
+    assert splits == {file for file in download.CHECKSUMS if file.endswith(".json")}
+    line = refused(capsys, "imagenet", tmp_path)
+    assert "login: get it at image-net.org" in line and f"{tmp_path / 'imagenet/images'}/" in line
 
 
-def test_there_is_an_address_for_every_benchmark_but_imagenet():
-    assert {*download.SOURCES, "imagenet"} == set(common.BENCHMARKS)
-    assert set(download.BLOBS) == {b.split for b in common.BENCHMARKS.values() if b.split}
-    for source in download.SOURCES.values():
-        assert source.url.startswith("http") and source.url.endswith((".zip", ".tar", "gz"))
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the list of data sets is not here")
+def test_addresses_and_checksums_are_those_of_the_list():
+    text = (SHARED / "DATASETS.md").read_text("utf-8")
+    words = set(re.findall(r"[\w-]+", text))
+    for url in [*download.ARCHIVES.values(), download.SPLITS]:
+        assert set(re.findall(r"[\w-]+", url)) <= words, url
+    assert set(download.CHECKSUMS.values()) <= words
+    assert all(map(download.is_right, (SHARED / "splits").glob("split_zhou_*.json")))
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["download.py", "dttd", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(download.__file__, run_name="__main__")
+    assert capsys.readouterr().err == "error: no data set 'dttd' to download; near it: dtd\n"
+    with pytest.raises(SystemExit, match="^0$"):
+        download.main(["--help"])
+    assert "usage: python -m tests.tools.download" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_each_archive_is_laid_out_as_it_is_read(name, server, serve, tmp_path):
+def test_a_whole_download(name, server, serve, tmp_path, capsys):
     serve(name)
-    root = tmp_path / "data"
-    download.main([name, "--data", str(root)])
-    assert is_whole(name, root)
-    assert left(root) == [common.BENCHMARKS[name].folder]
-    assert not list(root.rglob(".*")) and not list(root.rglob("*.gz"))
-    asked = len(server.asked)
-    download.main([name, "--data", str(root)])
-    assert len(server.asked) == asked  # what is there is not fetched again
+    run(name, tmp_path)
+    assert files(tmp_path) == whole(name)
+    assert ("third party" in capsys.readouterr().out) == (name in THIRD_PARTY)
+    server.asked.clear()
+    run(name, tmp_path)
+    assert "to download them again, delete" in capsys.readouterr().out and not server.asked
 
 
-def test_a_split_file_is_checked_against_its_blob_id(server, serve, tmp_path, monkeypatch):
-    serve("dtd")
-    monkeypatch.setitem(download.BLOBS, "DescribableTextures", "0" * 16)
-    assert "checksum" in refused(download.download, "dtd", tmp_path)
-    assert not list(tmp_path.rglob("*.json*")) and left(tmp_path / "dtd") == []
+@pytest.mark.parametrize("trouble", ["not there", "wrong checksum", "no network"])
+@pytest.mark.parametrize("which", [0, 1], ids=["archive", "split file"])
+@pytest.mark.parametrize("name", ["dtd", "eurosat"])  # not on the hub; on it
+def test_a_download_that_fails(name, which, trouble, server, serve, tmp_path, capsys, monkeypatch):
+    urls = serve(name)
+    file = Path(urls[which]).name
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub tries again
+    if trouble == "not there":
+        del server.files[urls[which]]
+    elif trouble == "wrong checksum":
+        monkeypatch.setitem(download.CHECKSUMS, file, "0" * 32)
+    else:
+        server.shutdown()
+        server.server_close()
+        file = Path(urls[1]).name
+    line = refused(capsys, name, tmp_path)
+    assert f"/{file}: " in line and "; run the command again, or put the file at" in line
+    assert trouble != "wrong checksum" or "wrong checksum" in line
+    assert files(tmp_path) == {p for p in whole(name) if "split" in p and file not in p}
 
 
-def test_official_split_files_have_the_ids_of_the_table():
-    folder = Path(__file__).parents[2] / "shared" / "splits"
-    if not folder.is_dir():
-        pytest.skip(f"no official split files at {folder}")
-    files = sorted(folder.glob("split_zhou_*.json"))
-    assert len(files) == 7
-    for file in files:
-        assert blob(file.read_bytes()) == download.BLOBS[file.stem.removeprefix("split_zhou_")]
+@pytest.mark.parametrize("content", [b"", b"[]"])
+def test_a_wrong_split_file_is_named_and_replaced(content, server, serve, tmp_path, capsys):
+    archive, _ = serve("dtd")
+    split = tmp_path / "dtd/split_zhou_DescribableTextures.json"
+    run("dtd", tmp_path)
+    split.write_bytes(content)
+    del server.files[archive]
+    run("dtd", tmp_path)
+    assert f"{split}: wrong checksum" in capsys.readouterr().out
+    assert files(tmp_path) == whole("dtd") and split.read_bytes() == b"{}"
 
 
-def test_a_third_partys_copy_is_announced_with_its_terms(
-    server, serve, tmp_path, monkeypatch, capsys
-):
-    serve("sun397")
-    monkeypatch.setattr(download, "COPIES", server.url)
-    download.download("sun397", tmp_path)
-    text = capsys.readouterr().out
-    assert "third party" in text and "research" in text
-
-
-def test_the_command_says_where_imagenet_is_and_what_is_near_a_name(server, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        common.main("download", "imagenet", "--data", str(tmp_path))
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1
-    assert "login: get it at image-net.org" in line
-    assert str(tmp_path / "imagenet/images") in line
-    assert "near it: dtd" in refused(download.main, ["dttd", "--data", str(tmp_path)])
-    assert "dataset" in refused(download.main, [])
-    for name in common.BENCHMARKS:
-        assert f"download {name}" in refused(common.load_dataset, name, tmp_path)
-    assert server.asked == []
-
-
-# ---------------------------------------------------------------------------- the network
-
-CONTENT = random.Random(3).randbytes(3_000_000)
-
-
-@pytest.fixture
-def target(server, tmp_path):
-    """(address, path) of a file on the server and of where it shall go."""
-    server.files["x.zip"] = CONTENT
-    return server.url + "x.zip", tmp_path / "data" / "x.zip"
-
-
-def fetch(url, path, expected=""):
-    download.fetch(url, path, download.md5, expected)
-
-
-def test_what_is_not_there_is_named_with_its_address(server, target):
-    url, path = target
-    server.files.clear()
-    line = refused(fetch, url, path)
-    assert url in line and "404" in line and str(path) in line
-    server.shutdown()
-    server.server_close()
-    assert url in refused(fetch, url, path)
-    assert left(path.parent) == []
-
-
-@pytest.mark.parametrize("mood", ["kind", "no ranges"])
-def test_a_cut_connection_is_continued_where_it_broke(mood, server, target):
-    url, path = target
-    for bad in "cut", "away", "nonsense":
-        server.mood = bad
-        assert "repeat" in refused(fetch, url, path)
-    assert left(path.parent) == []
-    server.mood = mood
-    fetch(url, path, hashlib.md5(CONTENT).hexdigest())
-    assert path.read_bytes() == CONTENT
-    assert server.asked[-1] == ("x.zip", "bytes=2000000-")
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("there, asks", [(3_000_000, 1), (4_000_000, 2)])
-def test_a_part_that_is_whole_or_too_long_ends_well(there, asks, server, target):
-    url, path = target
-    path.parent.mkdir()
-    path.with_name("x.zip.part").write_bytes((CONTENT * 2)[:there])
-    if asks == 2:
-        assert "repeat" in refused(fetch, url, path)
-    fetch(url, path)
-    assert path.read_bytes() == CONTENT and len(server.asked) == asks
-
-
-def test_wrong_bytes_are_deleted(target):
-    url, path = target
-    assert "checksum" in refused(fetch, url, path, "0" * 16)
-    assert list(path.parent.iterdir()) == []
-
-
-def test_an_archive_that_the_user_put_there_is_taken(server, serve, tmp_path):
-    serve("imagenet_r")
-    (tmp_path / "imagenet-r.tar").write_bytes(server.files.pop("imagenet-r.tar"))
-    download.download("imagenet_r", tmp_path)
-    assert is_whole("imagenet_r", tmp_path) and server.asked == []
-
-
-@contextmanager
-def full_disk(size):
-    """No file of this process may grow beyond size bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_is_one_line_and_the_download_goes_on_later(server, target):
-    url, path = target
-    with full_disk(1_500_000):
-        assert "File too large" in refused(fetch, url, path)
-    assert left(path.parent) == []
-    fetch(url, path, hashlib.md5(CONTENT).hexdigest())
-    assert path.read_bytes() == CONTENT and server.asked[-1][1] == "bytes=1500000-"
-
-
-def test_a_disk_that_is_full_when_unpacking_installs_nothing(server, serve, tmp_path):
-    entries = [(f"imagenet-a/{key}/1.jpeg", b"picture") for key in WORDNET]
-    entries.append(("imagenet-a/README.txt", bytes(50_000)))
-    server.files["imagenet-a.tar"] = content = pack(".tar", entries)
-    (tmp_path / "imagenet-a.tar").write_bytes(content)
-    with full_disk(40_000):
-        assert "repeat to go on" in refused(download.download, "imagenet_a", tmp_path)
-    assert left(tmp_path) == ["imagenet-a.tar"]
-    download.download("imagenet_a", tmp_path)
-    assert left(tmp_path) == ["imagenet-adversarial"]
-
-
-# ---------------------------------------------------------------------------- many processes
-
-
-def started(name, root):
-    """A process that downloads, as the command line does, and its log."""
-    root.mkdir(exist_ok=True)
-    log = root.parent / f"log{time.monotonic_ns()}"
-    process = processes.Process(target=logged, args=(log, name, root))
+def child(target, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
-    return process, log
+    return process
 
 
-def logged(log, name, root):
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
-        common.script(lambda: download.main([name, "--data", str(root)]))
+@needs_fork
+@pytest.mark.parametrize("crowd", range(int(os.environ.get("CROWDS", 2))))
+def test_three_at_once_end_with_one_whole_copy(crowd, serve, tmp_path):
+    more = {f"dtd/lists/{i}.txt" for i in range(500)}
+    serve("dtd", [(path, b"list") for path in more])
+    children = [child(run, "dtd", tmp_path) for _ in range(3)]
+    for process in children:
+        process.join()
+    assert [process.exitcode for process in children] == [0, 0, 0]
+    assert files(tmp_path) == whole("dtd") | more
 
 
-@pytest.fixture
-def large(server, serve):
-    """A data set of 200 pictures and 2 MB on a slow server."""
-    entries, split = owners("dtd")
-    server.files["split_zhou_DescribableTextures.json"] = split
+def killed(n, root):
+    """Downloads dtd, killed before it opens, makes, renames or deletes for the n-th time."""
+    count = itertools.count(1)
+
+    def hook(event, arguments):
+        if event in ("open", "os.mkdir", "os.rename", "shutil.rmtree"):
+            if str(arguments[0]).startswith(str(root)) and next(count) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run("dtd", root)
+
+
+@needs_fork
+def test_a_killed_download_leaves_nothing_that_looks_complete(serve, tmp_path):
     serve("dtd")
-    noise = random.Random(4)
-    entries += [(f"dtd/images/more/{i}.jpg", noise.randbytes(10_000)) for i in range(200)]
-    server.files["dtd-r1.0.1.tar.gz"] = pack(".tar.gz", entries)
-    server.mood = "slow"
-
-
-def check_large(root):
-    assert left(root) == ["dtd"] and is_whole("dtd", root)
-    assert len(list((root / "dtd/images/more").iterdir())) == 200
-
-
-def test_a_download_killed_at_any_moment_leaves_no_half_data_set(large, tmp_path):
-    start = time.monotonic()
-    process, log = started("dtd", tmp_path / "undisturbed")
-    process.join()
-    assert process.exitcode == 0, log.read_text()
-    check_large(tmp_path / "undisturbed")
-    seconds, rng, killed = time.monotonic() - start, random.Random(6), 0
-    for kill in range(int(os.environ.get("KILLS", 6))):
-        root = tmp_path / f"data{kill}"
-        process, log = started("dtd", root)
-        time.sleep(rng.uniform(0.05, 1) * seconds)
-        process.kill()
+    for n in itertools.count(1):
+        root = tmp_path / f"{n}th"
+        process = child(killed, n, root)
         process.join()
-        killed += process.exitcode != 0
-        images = root / "dtd/images"
-        assert not images.exists() or len(list((images / "more").iterdir())) == 200
-        download.download("dtd", root)
-        (root / "dtd-r1.0.1.tar.gz").unlink(missing_ok=True)  # if killed after the images came
-        check_large(root)
-    assert killed > 1
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        assert not (root / "dtd/images").exists() or files(root) >= whole("dtd")
+        run("dtd", root)
+        assert files(root) == whole("dtd")
+    assert n > 20
 
 
-@pytest.mark.parametrize("crowd", range(int(os.environ.get("CROWDS", 1))))
-def test_processes_at_once_end_with_one_whole_data_set(crowd, large, tmp_path):
-    rng, root = random.Random(crowd), tmp_path / "data"
-    children = []
-    for _ in range(6):
-        children.append(started("dtd", root))
-        time.sleep(rng.uniform(0, 0.2))
-    children.pop(2)[0].kill()
-    for process, log in children:
-        process.join()
-        assert process.exitcode == 0, log.read_text()
-        assert "Traceback" not in log.read_text()
-    download.download("dtd", root)  # removes what the killed one left
-    assert not [name for name in left(root) if name != "dtd"]
-    check_large(root)
-
-
-# ---------------------------------------------------------------------------- hostile archives
-
-GOOD = [(f"imagenet-a/{key}/1.jpeg", b"picture") for key in WORDNET]
-LINK = {"type": tarfile.SYMTYPE}
-TRAPS = {
-    "up": [("../evil", b"x"), ("imagenet-a/../../../evil", b"x")],
-    "absolute": [("{outside}/evil", b"x")],
-    "link away": [("link", LINK | {"linkname": "{outside}"}), ("link/evil", b"x")],
-    "link within": [("imagenet-a/link", LINK | {"linkname": "n01440764"})],
-    "hard link": [("imagenet-a/a", {"type": tarfile.LNKTYPE, "linkname": "{outside}/secret"})],
-    "device": [("imagenet-a/a", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3})],
-    "fifo": [("imagenet-a/a", {"type": tarfile.FIFOTYPE})],
+EVIL = str(Path(tempfile.gettempdir(), f"evil-{os.getpid()}"))
+UP = [("../../../evil", b"evil")]
+LINK = [("link", (tarfile.SYMTYPE, "../../..")), ("link/evil", b"evil")]
+ZIP_LINK = zipfile.ZipInfo("link")
+ZIP_LINK.external_attr = 0o120777 << 16
+# What is wrong, name, entries besides the good ones, damage to it all, what the line says if any
+BAD = {
+    "tar up": ("imagenet_a", UP, None, "outside"),
+    "tar absolute": ("imagenet_a", [(EVIL, b"evil")], None, ""),  # loses its first slash
+    "link out": ("imagenet_a", LINK, None, "symbolic link"),
+    "link within": ("imagenet_a", [("b", (tarfile.SYMTYPE, "c"))], None, "symbolic link"),
+    "hard link out": ("imagenet_a", [("b", (tarfile.LNKTYPE, UP[0][0]))], None, "outside"),
+    "device": ("imagenet_a", [("b", (tarfile.CHRTYPE, ""))], None, "special"),
+    "gz up": ("imagenetv2", UP, None, "outside"),
+    "zip up": ("imagenet_sketch", UP, None, "leaves the folder"),
+    "zip absolute": ("imagenet_sketch", [(EVIL, b"evil")], None, "leaves the folder"),
+    "zip link": ("imagenet_sketch", [(ZIP_LINK, b"../../..")], None, ""),  # is a plain file
+    "inner up": ("imagenet_sketch", [("b.tar.gz", pack(".gz", UP))], None, "outside"),
+    "inner link": ("imagenet_sketch", [("b.tar.gz", pack(".gz", LINK))], None, "link"),
+    "cut between entries": ("imagenet_a", [], lambda b: b[:1024], "breaks off"),
+    "cut in an entry": ("imagenet_a", [], lambda b: b[:700], "end of data"),
+    "tar header": ("imagenet_a", [], lambda b: b[:1030] + b"?" + b[1031:], "breaks off"),
+    "gz cut": ("imagenetv2", [], lambda b: b[:-9], "ended before"),
+    "gz checksum": ("imagenetv2", [], lambda b: b[:-8] + b"????" + b[-4:], "CRC"),
+    "zip cut": ("imagenet_sketch", [], lambda b: b[:-9], "not a zip"),
+    "zip checksum": ("imagenet_sketch", [], lambda b: b.replace(b"image", b"?mage", 1), "CRC"),
+    "a page": ("imagenet_a", [], lambda b: b"<html>", "could not be opened"),
+    "no images": ("imagenet_a", [], lambda b: pack(".tar", good("dtd")), "no folder imagenet-a"),
 }
-FORMS = [(".tar", trap) for trap in TRAPS] + [(".zip", "up"), (".zip", "absolute")]
-FORMS += [("inner", trap) for trap in TRAPS]
 
 
-def filled(entries, outside):
-    """The entries with the folder outside in their names and links."""
-    done = []
-    for name, content in entries:
-        if isinstance(content, dict) and "linkname" in content:
-            content = content | {"linkname": content["linkname"].format(outside=outside)}
-        done.append((name.format(outside=outside), content))
-    return done
-
-
-@pytest.fixture
-def offered(monkeypatch, tmp_path):
-    """offered(form, content) puts an archive where that of imagenet_a is looked for."""
-
-    def offered(form, content):
-        source = download.Source(f"http://127.0.0.1:9/x{form}")
-        monkeypatch.setitem(download.SOURCES, "imagenet_a", source)
-        root = tmp_path / "data"
-        root.mkdir(exist_ok=True)
-        (root / f"x{form}").write_bytes(content)
-        return root
-
-    return offered
-
-
-@pytest.mark.parametrize("form, trap", FORMS)
-def test_no_entry_of_an_archive_leaves_its_folder(form, trap, offered, tmp_path):
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "secret").write_text("secret")
-    entries = GOOD + filled(TRAPS[trap], outside)
-    if form == "inner":
-        inner = pack(".tar.gz", entries)
-        root = offered(".zip", pack(".zip", [*GOOD, ("imagenet-a/more.tar.gz", inner)]))
+@pytest.mark.parametrize("name, extra, damage, said", BAD.values(), ids=BAD)
+def test_a_bad_archive_that_lies_in_data(name, extra, damage, said, server, tmp_path, capsys):
+    root, secret = tmp_path / "data", tmp_path / "evil"
+    root.mkdir()
+    secret.write_text("secret")
+    place = root / Path(download.ARCHIVES[name]).name
+    content = pack(place.name, [*good(name), *extra])
+    place.write_bytes(damage(content) if damage else content)
+    if said:
+        line = refused(capsys, name, root)
+        assert said in line and f"{place}: " in line and line.endswith("; replace it")
+        assert files(root) == {place.name}
     else:
-        root = offered(form, pack(form, entries))
-    try:
-        download.download("imagenet_a", root)
-    except common.Error as problem:
-        assert str(root) in str(problem) and "\n" not in str(problem)
-        assert left(root) == []
-    else:  # tarfile takes an absolute name for a relative one
-        assert trap == "absolute" and is_whole("imagenet_a", root)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "outside"]
-    assert [p.name for p in outside.iterdir()] == ["secret"]
-    assert (outside / "secret").stat().st_nlink == 1
-
-
-def test_damaged_archives_end_in_one_line_and_install_nothing(offered):
-    rng, refusals = random.Random(1), 0
-    for case in range(80):
-        form = (".zip", ".tar.gz", ".tar", "inner")[case % 4]
-        inner = [("imagenet-a/more.tar.gz", pack(".tar.gz", GOOD)[: rng.randrange(1, 150)])]
-        form, entries = (".zip", inner) if form == "inner" else (form, GOOD)
-        content = bytearray(pack(form, entries))
-        if rng.random() < 0.4:
-            del content[rng.randrange(len(content)) :]
-        for _ in range(rng.choice((1, 4, 30)) if content else 0):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        root = offered(form, bytes(content))
-        try:
-            download.download("imagenet_a", root)
-        except common.Error as problem:
-            refusals += 1
-            assert f"x{form}" in str(problem) and "\n" not in str(problem)
-            for file in root.iterdir():  # one that lacks the images is kept
-                assert "holds no folder" in str(problem)
-                file.unlink()
-        else:
-            pictures = list((root / "imagenet-adversarial").rglob("*.jpeg"))
-            assert len(pictures) == 3
-            shutil.rmtree(root / "imagenet-adversarial")
-    assert refusals > 40
-
-
-@pytest.mark.parametrize("damage", ["a header", "the last entries"])
-def test_a_tar_that_tarfile_takes_for_whole_is_refused(damage, offered):
-    content = pack(".tar", GOOD)
-    if damage == "a header":
-        content = content[:1030] + b"\xff" + content[1031:]
-    else:
-        content = content[:2048]  # two of three entries, and no end
-    with tarfile.open(fileobj=io.BytesIO(content)) as file:
-        assert 0 < len(file.getmembers()) < 3
-    root = offered(".tar", content)
-    assert "damaged" in refused(download.download, "imagenet_a", root)
-    assert left(root) == []
-
-
-def test_an_archive_without_the_images_is_named_and_kept(offered):
-    root = offered(".zip", pack(".zip", [("readme", b"moved")]))
-    assert "x.zip holds no folder imagenet-a" in refused(download.download, "imagenet_a", root)
-    assert left(root) == ["x.zip"]
+        run(name, root)
+        assert files(root) > {place.name, *whole(name)}
+    assert not server.asked and not os.path.exists(EVIL)
+    assert sorted(tmp_path.iterdir()) == [root, secret]
+    assert secret.read_text() == "secret" and secret.stat().st_nlink == 1
+    assert not any(path.is_symlink() for path in root.rglob("*"))
