@@ -96,10 +96,7 @@ class Config:
             least = 1 if field.name in ("batch_size", "workers") else 0
             if field.type in (int, float) and not value >= least:
                 raise Error(f"--{field.name} {value}: must be at least {least}")
-            if field.type is str:
-                setattr(self, field.name, str(value))  # a Path will do
-        names = self.dataset.split(",")
-        self.dataset = ",".join(name.strip().rstrip("/") or name for name in names)
+        self.dataset = ",".join(name.strip().rstrip("/") for name in self.dataset.split(","))
 
 
 NOT_LEARNED = "transfer device data out workers force".split()  # options that change no learnable
@@ -323,12 +320,9 @@ def load_weights(name, path):
         for size in "input_resolution", "context_length", "vocab_size":  # of OpenAI's archives
             weights.pop(size, None)
     except Exception:  # torch and safetensors raise many kinds
-        kinds = f"neither a state dict (safetensors, torch.save) nor OpenAI's archive of {name}"
-        raise Error(f"{path}: {kinds}") from None
+        weights = {}
     if "token_embedding.weight" not in weights:
-        raise Error(
-            f"{path}: not a CLIP of open_clip, for its first tensor is {[*weights][0][:60]}"
-        )
+        raise Error(f"{path}: not a state dict of open_clip's CLIP, nor OpenAI's archive of {name}")
     model = open_clip.create_model(name, force_quick_gelu=by_openai)
     try:
         model.load_state_dict(weights)
@@ -446,10 +440,10 @@ def encode_image(clip, images, prompts=None, patches=False):
             if not prompts:
                 return x
             with torch.autocast(clip.device.type, enabled=False):  # a method computes in fp32
-                rows = prompts(i, x[:, :count].float())
+                rows = prompts(i, x[:, :count])
             if rows is None:
                 return x
-            return torch.cat([x[:, :count], rows.expand(len(x), -1, -1).to(x.dtype)], 1)
+            return torch.cat([x[:, :count], rows.expand(len(x), -1, -1)], 1)
 
         x = visual.ln_pre(with_prompts(-1, x))
         for i, block in enumerate(blocks):
@@ -498,8 +492,7 @@ def embed_names(clip, names, n_ctx, template="{}."):
     ids = clip.tokenize(texts, clip.context_length + 1)  # (K, 78)
     if ids[:, -1].any():
         name = names[int(ids[:, -1].argmax())][:60]
-        room = f"{clip.context_length} tokens with {n_ctx} context vectors"
-        raise Error(f"class name {name!r} is too long for {room} (--n_ctx, --init)")
+        raise Error(f"class name {name!r} is too long behind {n_ctx} context vectors (--n_ctx)")
     eot = ids.argmax(1)  # [EOT] has the vocabulary's largest id
     ids = ids[:, : int(eot.max()) + 1].contiguous()
     x = clip.token_embedding(to_device(ids, clip.device))
@@ -594,11 +587,12 @@ def few_shot(cfg, data=None):
 def describe(data):
     """Prints one line that says what was read, and one for class names that CLIP cannot read."""
     synthetic = " (synthetic)" if data.name in SYNTHETIC else ""
-    first = ", ".join([*data.classnames[:3], *["..."] * (len(data.classnames) > 3)])
+    names = textwrap.shorten(", ".join(data.classnames), 50, placeholder=" ...")
     counts = f"{len(data.train)} training and {len(data.test)} test images"
-    print(f"{data.name}{synthetic}: {len(data.classnames)} classes ({first}), {counts}", flush=True)
-    if wordless := [c for c in data.classnames if not any(map(str.isalpha, c))]:
-        print(f"{data.name}: class name {wordless[0]!r} has no letter; CLIP needs names in words")
+    print(f"{data.name}{synthetic}: {len(data.classnames)} classes ({names}), {counts}", flush=True)
+    wordless = [c for c in data.classnames if not any(map(str.isalpha, c))]
+    if wordless:
+        print(f"{data.name}: class name {wordless[0]!r} has no letter, and CLIP reads names")
 
 
 def check_images(name, items):
@@ -682,23 +676,22 @@ def from_wordnet_folders(name, images):
         titles = {key: titles[key] for key in sorted(keys)}
     train, test = ("train", "val") if name == "imagenet" else (None, ".")
     present = {path.name for path in class_folders(images / test)}
-    missing = [key for key in titles if key not in present]
-    if missing:
-        first = f"{missing[0]} ({titles[missing[0]]})"
-        lack = f"{len(missing)} of {len(titles)} classes have no folder, first: {first}"
-        raise Error(f"{name}: {images / test}: {lack}")
+    for key, title in titles.items():
+        if key not in present:
+            lack = f"has {len(present)} of {len(titles)} class folders, and no {key} ({title})"
+            raise Error(f"{name}: {images / test} {lack}")
     return from_class_folders(name, images, train, test, titles)
 
 
 def from_own_folder(name):
     """FOLDER/train/<class>/*.jpg and FOLDER/test/<class>/*.jpg, or FOLDER/<class>/*.jpg, of which
     a fixed 70 % of each class are training images."""
-    folder = Path(name or " ")
-    if not folder.is_dir():
+    folder = Path(name)
+    if not name or not folder.is_dir():
         known = [*BENCHMARKS, *SYNTHETIC]
         near = ", ".join(difflib.get_close_matches(name, known, 4) or known)
-        lack = "" if shapes else "; shapes needs tests/tools/shapes.py, which renders it"
-        raise Error(f"no folder {name!r} of class folders, and no data set: known are {near}{lack}")
+        known = f"{near}; synthetic ones need tests/tools/shapes.py"
+        raise Error(f"{name!r}: neither a folder of class folders nor a data set ({known})")
     parts = [path.name for path in class_folders(folder) if any(map(Path.is_dir, listed(path)))]
     if "train" in parts and "test" not in parts:
         advice = "rename val/ to test/" if "val" in parts else f"make {folder / 'test'}"
@@ -708,8 +701,6 @@ def from_own_folder(name):
     data = from_class_folders(name, folder, None, ".")
     train, test = [], []
     for group in by_class(data.test):
-        if len(group) < 2:
-            raise Error(f"{name}: class {group[0][2]!r} has 1 image; each class needs at least 2")
         random.Random(0).shuffle(group)
         most = round(0.7 * len(group))
         train += group[:most]
@@ -753,13 +744,13 @@ def listed(folder):
 def checked(name, train, test, classnames):
     """The Dataset. Raises Error for a class without images, and for fewer than two classes."""
     if len(classnames) < 2:
-        found = ", ".join(map(repr, classnames)) or "none"
-        raise Error(f"{name}: at least two classes are needed, and there is {found}")
+        raise Error(f"{name}: at least two classes are needed; found {classnames}")
     for kind, items in ("training", train or test), ("test", test):
-        missing = sorted(set(range(len(classnames))) - {label for _, label, _ in items})
-        if missing:
-            c = classnames[missing[0]]
-            raise Error(f"{name}: no {kind} images for class {c!r} ({len(missing)} such classes)")
+        present = {label for _, label, _ in items}
+        for label, c in enumerate(classnames):
+            if label not in present:
+                need = "each class needs at least 2, for training and test"
+                raise Error(f"{name}: no {kind} images for class {c!r}; {need}")
     return Dataset(name, train, test, classnames)
 
 
@@ -879,8 +870,7 @@ class Loader:
     def __init__(self, cfg, clip, data, crops=None):
         """crops: the crop of each image; by default data.crop. Raises Error."""
         if not data.train:
-            advice = "train on another data set and evaluate with --transfer"
-            raise Error(f"{data.name} has no training images; {advice}")
+            raise Error(f"{data.name} has no training images; it is a set for --transfer")
         self.cfg, self.clip, self.data = cfg, clip, data
         self.crops = crops or [data.crop] * len(data.train)
         self.cache, self.room = {}, CACHE_BYTES
@@ -946,22 +936,19 @@ class Optimizer:
             group["lr"] = group["top"] * cosine if k >= 0 else 1e-5
 
     def step(self, loss):
-        """Backward and one step of SGD."""
+        """Backward and one step of SGD. Raises Error if at first no gradient reaches a learnable."""
         self.losses.append(loss.detach())
         self.sgd.zero_grad()
         self.scaler.scale(loss).backward()
-        self.check_gradients()
+        if not self.learns:  # the first step, so the GPU is waited for once
+            found = [p.grad for group in self.sgd.param_groups for p in group["params"]]
+            self.learns = any(grad is not None and grad.any() for grad in found)
+            if not self.learns:
+                raise Error("these options leave nothing to learn: all gradients are zero")
         self.scaler.unscale_(self.sgd)
         self.scaler.step(self.sgd)
         self.scaler.update()
         self.bar.update()
-
-    def check_gradients(self):
-        """At the first step, raises Error if no learnable has a non-zero gradient."""
-        learned = [p for group in self.sgd.param_groups for p in group["params"]]
-        if not self.learns and not any(p.grad is not None and p.grad.any() for p in learned):
-            raise Error("these options leave nothing to learn: no gradient reaches a learnable")
-        self.learns = True
 
     def end_epoch(self):
         """Sets the next rates; returns the mean loss, for which the CPU waits. Raises Error if it
@@ -972,14 +959,6 @@ class Optimizer:
         if not math.isfinite(loss) or self.scaler.get_scale() < 1:  # 1 where nothing is scaled
             raise Error(f"training diverged (loss {loss}): lower --lr or use --precision fp32")
         return loss
-
-    def state_dict(self):
-        return {"sgd": self.sgd.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state):
-        self.sgd.load_state_dict(state["sgd"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
 
 
 def resumed(cfg, clip, data, prompt, optimizer):
@@ -1013,7 +992,8 @@ def resumed(cfg, clip, data, prompt, optimizer):
             trained["seconds"] += time.time() - start
             trained["peak_gpu_mb"] = torch.cuda.max_memory_allocated(clip.device) / 2**20
             state = {"run": run, "trained": trained, "epoch": epoch + 1, "config": vars(cfg)}
-            state |= {"prompt": prompt.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"prompt": prompt.state_dict(), "sgd": optimizer.sgd.state_dict()}
+            state["scaler"] = optimizer.scaler.state_dict()
             content = io.BytesIO()
             torch.save(state, content)
             write(path, content.getvalue())
@@ -1023,7 +1003,7 @@ def identity(cfg, clip, sets, epochs):
     """What a run is: two commands of one identity learn the same."""
     return {
         "method": method(cfg),
-        "options": {name: value for name, value in vars(cfg).items() if name not in NOT_LEARNED},
+        **{f"--{name}": value for name, value in vars(cfg).items() if name not in NOT_LEARNED},
         "number of epochs": epochs,
         "CLIP": clip.fingerprint,
         "training images": digest([item for d in sets for item in d.train]),
@@ -1041,7 +1021,6 @@ def provenance(cfg, clip):
         "source": source,
         "precision": clip.precision,
         "device": clip.device.type,
-        "gpu": torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "",
         "torch": str(torch.__version__),
         "open_clip": open_clip.__version__,
     }
@@ -1076,11 +1055,9 @@ def read_checkpoint(path):
     """The contents of a checkpoint. Raises Error."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if {"run", "trained", "epoch", "config", "prompt", "optimizer"} <= state.keys():
-            return state
+        return {"run": state["run"], **state}
     except Exception:  # torch raises many kinds
-        pass
-    raise Error(f"{path} is damaged or of an earlier version; --force retrains")
+        raise Error(f"{path} is damaged or of an earlier version; --force retrains") from None
 
 
 def load_checkpoint(path, run, now, prompt, optimizer):
@@ -1088,23 +1065,17 @@ def load_checkpoint(path, run, now, prompt, optimizer):
     facts, whose code, device type and precision an unfinished run must share. Raises Error."""
     state, folder = read_checkpoint(path), path.parent
     then, trained = state["run"], state["trained"]
-    changed = [key for key in run if key != "options" and then[key] != run[key]]
-    changed += [f"--{name}" for name in dict(then["options"].items() ^ run["options"].items())]
-    finished = state["epoch"] >= then["number of epochs"]
-    if not finished:
+    changed = [key for key in {**then, **run} if then.get(key) != run.get(key)]
+    if state["epoch"] < then["number of epochs"]:
         changed += [key for key in ("source", "device", "precision") if trained[key] != now[key]]
     if changed:
         raise Error(f"{folder} was trained with a different {', '.join(changed)}; --force retrains")
     if trained["source"] != now["source"]:
         earlier = f"an earlier {run['method']}.py or common.py at commit {trained['commit']}"
-        print(f"{folder} was trained by {earlier}; --force retrains")
-    try:
-        prompt.load_state_dict(state["prompt"])
-    except RuntimeError:
-        raise Error(
-            f"{folder} does not fit the learnables of this code; --force retrains"
-        ) from None
-    optimizer.load_state_dict(state["optimizer"])
+        print(f"{folder} was trained by {earlier}; --force retrains", flush=True)
+    prompt.load_state_dict(state["prompt"])
+    optimizer.sgd.load_state_dict(state["sgd"])
+    optimizer.scaler.load_state_dict(state["scaler"])
     return state["epoch"], trained
 
 
@@ -1142,33 +1113,30 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
         row = measured(cfg, clip, target, classifier)
         kind = "mean_class_" if target.name in per_class else ""
         scores.append([row[kind + "accuracy"], row[kind + "zero_shot"]])
-        part = "" if half == "all" else f", {half} classes"
-        line = "  {}{}: {:.2f} (zero-shot {:.2f})".format(target.name, part, *scores[-1])
-        print(line, flush=True)  # before it is written, which may fail
+        both = "{:.2f} (zero-shot {:.2f})".format(*scores[-1])
+        print(f"  {target.name}, {half} classes: {both}", flush=True)  # writing it may fail
         record(cfg, clip, target, half, row, trained)
-    scores, count = np.array(scores), len(sets)
-    own = scores[:count].mean(0)  # ours, zero-shot CLIP's
-    texts = [f"{accuracy:.2f}" for accuracy in own]
+    own = np.mean(scores[: len(sets)], 0)  # ours, zero-shot CLIP's
+    result = "{:.2f} (zero-shot {:.2f})".format(*own)
     if cfg.classes == "base":
-        new = scores[count : 2 * count].mean(0)
+        new = np.mean(scores[len(sets) : 2 * len(sets)], 0)
         H = 2 * own * new / np.maximum(own + new, 1e-9)
-        texts = [f"base {own[i]:.2f}, new {new[i]:.2f}, H {H[i]:.2f}" for i in (0, 1)]
-    by_class = [d.name for d in sets if d.name in per_class]
-    note = f" [mean over classes: {', '.join(by_class)}]" if by_class else ""
-    seconds = trained["seconds"] if trained else 0
+        three = "base {:.2f}, new {:.2f}, H {:.2f}".format
+        result = f"{three(own[0], new[0], H[0])} (zero-shot {three(own[1], new[1], H[1])})"
+    by_class = ", ".join(d.name for d in sets if d.name in per_class)
+    if by_class:
+        result += f" [mean over classes: {by_class}]"
     print(f"in {run_folder(cfg)}")
-    result = f"{texts[0]} (zero-shot {texts[1]}){note}, {seconds:.0f} s"
-    print(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}")
+    seconds = trained["seconds"] if trained else 0
+    print(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}, {seconds:.0f} s")
     return float(own[0])
 
 
 @torch.no_grad()
 def measured(cfg, clip, target, classifier):
     """Accuracies in percent, over images and over classes, of a classifier and zero-shot CLIP."""
-    start, predict, w = time.time(), classifier(target), zero_shot_weights(clip, target)[:, 0]
+    predict, w = classifier(target), zero_shot_weights(clip, target)[:, 0]
     batches = [target.test[i : i + TEST_BATCH] for i in range(0, len(target.test), TEST_BATCH)]
-    if not batches:
-        raise Error(f"{target.name} has no test images")
     side, found = clip.image_size, {"accuracy": [], "zero_shot": []}
     ready = prefetch(cfg.workers, lambda item: preprocess(decode(item[0]), side), batches)
     for batch in tqdm(ready, "test images", len(batches), leave=False):
@@ -1183,13 +1151,12 @@ def measured(cfg, clip, target, classifier):
         right = 100 * (torch.cat(predicted).cpu() == y).double()
         row[name] = right.mean().item()
         row["mean_class_" + name] = (y.bincount(right) / y.bincount()).nanmean().item()
-    return row | {"seconds": time.time() - start}
+    return row
 
 
 def record(cfg, clip, target, half, row, trained):
     """Writes a result to its own JSON file: `trained` holds the facts of the training, `evaluated`
     those of this process."""
-    evaluated = provenance(cfg, clip) | {"seconds": row.pop("seconds"), "time": time.ctime()}
     row = {
         "method": method(cfg),
         "config": vars(cfg),
@@ -1199,7 +1166,7 @@ def record(cfg, clip, target, half, row, trained):
         "n_train": trained["n_train"] if trained else 0,
         "activation": clip.activation,
         "trained": trained,
-        "evaluated": evaluated,
+        "evaluated": provenance(cfg, clip) | {"time": time.ctime()},
     }
     suffix = "" if half == "all" else f"-{half}"
     path = run_folder(cfg) / "results" / f"{file_name(target.name)}{suffix}.json"
