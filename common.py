@@ -493,9 +493,8 @@ def embed_names(clip, names, n_ctx, template="{}."):
     if ids[:, -1].any():
         name = names[int(ids[:, -1].argmax())][:60]
         raise Error(f"class name {name!r} is too long behind {n_ctx} context vectors (--n_ctx)")
-    eot = ids.argmax(1)  # [EOT] has the vocabulary's largest id
-    ids = ids[:, : int(eot.max()) + 1].contiguous()
     x = clip.token_embedding(to_device(ids, clip.device))
+    eot = ids.argmax(1)  # [EOT] has the vocabulary's largest id
     return Names.of(x[:1, :1], x[:, 1 + n_ctx :], eot - 1 - n_ctx)
 
 
@@ -554,7 +553,7 @@ BENCHMARKS = {
 
 
 class Dataset(NamedTuple):
-    """Lists of (image, label, class name); image is a path or a uint8 tensor (3, H, W)."""
+    """Lists of (path of an image, label, class name)."""
 
     name: str
     train: list
@@ -597,10 +596,9 @@ def describe(data):
 
 def check_images(name, items):
     """Raises Error if the file of an image is missing or empty."""
-    paths = [Path(image) for image, *_ in items if not isinstance(image, torch.Tensor)]
-    bad = [path for path in paths if not path.is_file() or not path.stat().st_size]
+    bad = [path for path, *_ in items if not os.path.isfile(path) or not os.path.getsize(path)]
     if bad:
-        raise Error(f"{name}: {len(bad)} of {len(paths)} images missing or empty, first: {bad[0]}")
+        raise Error(f"{name}: {len(bad)} of {len(items)} images missing or empty, first: {bad[0]}")
 
 
 def load_dataset(name, root="data"):
@@ -692,11 +690,9 @@ def from_own_folder(name):
         near = ", ".join(difflib.get_close_matches(name, known, 4) or known)
         known = f"{near}; synthetic ones need tests/tools/shapes.py"
         raise Error(f"{name!r}: neither a folder of class folders nor a data set ({known})")
-    parts = [path.name for path in class_folders(folder) if any(map(Path.is_dir, listed(path)))]
-    if "train" in parts and "test" not in parts:
-        advice = "rename val/ to test/" if "val" in parts else f"make {folder / 'test'}"
-        raise Error(f"{folder} has train/ and no test/: {advice}")
-    if "train" in parts:
+    if any(map(Path.is_dir, listed(folder / "train"))):
+        if not (folder / "test").is_dir():
+            raise Error(f"{folder} has train/ and no test/: rename val/ to test/, or make it")
         return from_class_folders(name, folder)
     data = from_class_folders(name, folder, None, ".")
     train, test = [], []
@@ -794,20 +790,16 @@ CACHE_BYTES = 4 * 2**30  # of decoded training images; the others are decoded in
 PREFETCH = 2  # batches
 
 
-def decode(image):
-    """The RGB PIL image of a file, turned as its EXIF tag says, or of a uint8 tensor (3, H, W).
-    Raises Error."""
-    if isinstance(image, torch.Tensor):
-        return vision.to_pil_image(image)
+def decode(path):
+    """The RGB PIL image of a file, turned as its EXIF tag says. Raises Error."""
     try:
-        with Image.open(image) as opened:
-            ImageOps.exif_transpose(opened, in_place=True)
-            if opened.mode.startswith("I"):  # 16 bit, which convert() would clip to white
-                grey = (np.asarray(opened) / 257).clip(0, 255).astype(np.uint8)
-                return Image.fromarray(grey).convert("RGB")
-            return opened.convert("RGB")
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bit, which convert() would clip to white
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
     except Exception as problem:  # PIL raises many kinds
-        raise Error(f"cannot read image {image}: {brief(problem)}") from None
+        raise Error(f"cannot read image {path}: {brief(problem)}") from None
 
 
 def preprocess(image, side):
@@ -888,7 +880,8 @@ class Loader:
         """Yields images (B, 3, side, side) and labels (B,), on the device."""
         batches = self.order(epoch)
         augmented = prefetch(self.cfg.workers, lambda i: self.augmented(epoch, i), batches)
-        for batch, images in zip(batches, augmented, strict=True):
+        pairs = zip(batches, augmented, strict=True)
+        for batch, images in tqdm(pairs, f"epoch {epoch + 1}", len(batches), leave=False):
             yield normalize(self.clip, images), to_device(self.labels[batch], self.clip.device)
 
     def augmented(self, epoch, i):
@@ -918,7 +911,6 @@ class Optimizer:
 
     def __init__(self, cfg, clip, groups, epochs):
         self.epochs, self.losses, self.learns = epochs, [], False
-        self.bar = tqdm(disable=True)
         self.sgd = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=5e-4, fused=True)
         self.scaler = torch.amp.GradScaler(clip.device.type, enabled=clip.half is torch.float16)
         for group in self.sgd.param_groups:  # saved with SGD's own state
@@ -948,7 +940,6 @@ class Optimizer:
         self.scaler.unscale_(self.sgd)
         self.scaler.step(self.sgd)
         self.scaler.update()
-        self.bar.update()
 
     def end_epoch(self):
         """Sets the next rates; returns the mean loss, for which the CPU waits. Raises Error if it
@@ -968,35 +959,30 @@ def resumed(cfg, clip, data, prompt, optimizer):
     where the checkpoint is of another run than cfg, clip, data and the code make now."""
     path, sets = run_folder(cfg) / "checkpoint.pt", data if isinstance(data, list) else [data]
     run, epochs = identity(cfg, clip, sets, optimizer.epochs), optimizer.epochs
-    first, n_train = 0, sum(len(d.train) for d in sets)
-    trained = provenance(cfg, clip) | {"n_train": n_train, "seconds": 0.0, "losses": []}
+    trained = provenance(cfg, clip) | {"seconds": 0.0, "losses": []}
+    trained["n_train"] = sum(len(d.train) for d in sets)
+    first = 0
     if cfg.force:
         path.unlink(missing_ok=True)
         shutil.rmtree(path.parent / "results", ignore_errors=True)
     elif path.exists():
         first, trained = load_checkpoint(path, run, trained, prompt, optimizer)
-    if first >= epochs:
-        return
-    steps = max(1, n_train // cfg.batch_size)
     label = f"{method(cfg)} {cfg.dataset[-30:]}"
-    with tqdm(desc=label, total=epochs * steps, initial=first * steps, unit="step") as bar:
-        optimizer.bar = bar
-        for epoch in range(first, epochs):
-            # For dropout and SoftCPT's class sampling; the order has a seed of its own
-            torch.manual_seed(seed_of(cfg.seed, epoch, -1))
-            start = time.time()
-            yield epoch
-            loss = optimizer.end_epoch()
-            bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {loss:.3f}")
-            trained["losses"].append(loss)
-            trained["seconds"] += time.time() - start
-            trained["peak_gpu_mb"] = torch.cuda.max_memory_allocated(clip.device) / 2**20
-            state = {"run": run, "trained": trained, "epoch": epoch + 1, "config": vars(cfg)}
-            state |= {"prompt": prompt.state_dict(), "sgd": optimizer.sgd.state_dict()}
-            state["scaler"] = optimizer.scaler.state_dict()
-            content = io.BytesIO()
-            torch.save(state, content)
-            write(path, content.getvalue())
+    bar = tqdm(range(first, epochs), label, epochs, initial=first, unit="epoch")
+    for epoch in bar:
+        # For dropout and SoftCPT's class sampling; the order has a seed of its own
+        torch.manual_seed(seed_of(cfg.seed, epoch, -1))
+        start = time.time()
+        yield epoch
+        trained["losses"].append(optimizer.end_epoch())
+        bar.set_postfix(loss=trained["losses"][-1])
+        trained["seconds"] += time.time() - start
+        trained["peak_gpu_mb"] = torch.cuda.max_memory_allocated(clip.device) / 2**20
+        state = {"run": run, "trained": trained, "epoch": epoch + 1, "config": vars(cfg)}
+        state |= {"prompt": prompt.state_dict(), "sgd": optimizer.sgd.state_dict()}
+        content = io.BytesIO()
+        torch.save(state | {"scaler": optimizer.scaler.state_dict()}, content)
+        write(path, content.getvalue())
 
 
 def identity(cfg, clip, sets, epochs):
@@ -1044,9 +1030,8 @@ def code_of(file):
 def digest(items):
     """Hash of the items' images (of every byte), labels and class names, in order."""
     total = hashlib.sha256()
-    for image, *label in items:
-        tensor = isinstance(image, torch.Tensor)
-        content = image.numpy().tobytes() if tensor else Path(image).read_bytes()
+    for path, *label in items:
+        content = Path(path).read_bytes()
         total.update(f"{len(content)} {label}".encode() + content)
     return total.hexdigest()[:32]
 
@@ -1107,7 +1092,9 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
     per_class: names of the data sets whose accuracy is the mean over classes.
     """
     sets, path = data if isinstance(data, list) else [data], run_folder(cfg) / "checkpoint.pt"
-    trained = read_checkpoint(path)["trained"] if path.exists() else None  # zero-shot CLIP
+    trained = {"seconds": 0.0, "n_train": 0}  # zero-shot CLIP's
+    if path.exists():
+        trained = read_checkpoint(path)["trained"]
     scores = []
     for target, half in targets_of(cfg, data):
         row = measured(cfg, clip, target, classifier)
@@ -1126,9 +1113,9 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
     by_class = ", ".join(d.name for d in sets if d.name in per_class)
     if by_class:
         result += f" [mean over classes: {by_class}]"
-    print(f"in {run_folder(cfg)}")
-    seconds = trained["seconds"] if trained else 0
-    print(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}, {seconds:.0f} s")
+    print(f"in {path.parent}")
+    seconds = f"{trained['seconds']:.0f} s"
+    print(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}, {seconds}")
     return float(own[0])
 
 
@@ -1163,7 +1150,7 @@ def record(cfg, clip, target, half, row, trained):
         "evaluated_on": target.name,
         "classes": half,
         **row,
-        "n_train": trained["n_train"] if trained else 0,
+        "n_train": trained["n_train"],
         "activation": clip.activation,
         "trained": trained,
         "evaluated": provenance(cfg, clip) | {"time": time.ctime()},

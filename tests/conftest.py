@@ -1,10 +1,11 @@
-"""What the tests share: small CLIPs, a small shapes world, CLIP's towers written out plainly."""
+"""What the tests share: small CLIPs, small synthetic data sets, CLIP's towers written out."""
 
 import contextlib
 import functools
 import json
 import runpy
 import sys
+import tempfile
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 import common
@@ -52,18 +54,17 @@ def plain_prompts(clip, names, ctx):
 
 
 def plain_image(clip, images, rows=None, patches=False):
-    """Image features by open_clip's own modules; rows[i] replaces the prompts before block i.
-
-    At i = -1 they come before ln_pre. They stand between the class token and the patches, as in
-    UPT's release. With patches also the features of the patches.
-    """
+    """Image features by open_clip's own modules. rows[i], or rows[i](image tokens), replaces the
+    prompts before block i, at i = -1 before ln_pre. They stand between the class token and the
+    patches, as in UPT's official code. With patches also the features of the patches."""
     visual, rows = clip.visual, rows or {}
     x = visual.conv1(images).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
     x, N = x + visual.positional_embedding, x.shape[1] - 1
     for i, block in enumerate([visual.ln_pre, *visual.transformer.resblocks], -1):
         if i in rows:
-            x = torch.cat([x[:, :1], rows[i].expand(len(x), -1, -1), x[:, -N:]], 1)
+            P = rows[i](torch.cat([x[:, :1], x[:, -N:]], 1)) if callable(rows[i]) else rows[i]
+            x = torch.cat([x[:, :1], P.expand(len(x), -1, -1), x[:, -N:]], 1)
         x = block(x)
     x = visual.ln_post(x) @ visual.proj
     return (x[:, 0], x[:, -N:]) if patches else x[:, 0]
@@ -78,6 +79,11 @@ def unit(x):
     return torch.nn.functional.normalize(x, dim=-1)
 
 
+def close(a, b, tolerance=1e-5):
+    """Whether a equals b up to a share of b's largest value."""
+    return (a - b).abs().max() <= tolerance * b.abs().max() and b.abs().max() > 0
+
+
 def gradients(loss, parameters):
     """Gradients of loss, zeros where it does not depend on a parameter."""
     return torch.autograd.grad(
@@ -86,11 +92,38 @@ def gradients(loss, parameters):
 
 
 def toy(count=6):
-    """A data set of count random pictures in memory, NAMES in turn."""
+    """A data set of count random images in memory, NAMES in turn."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, (count, 3, 40, 36), generator=generator, dtype=torch.uint8)
-    items = [(picture, i % 3, NAMES[i % 3]) for i, picture in enumerate(pictures)]
+    images = torch.randint(256, (count, 3, 40, 36), generator=generator, dtype=torch.uint8)
+    items = [(image, i % 3, NAMES[i % 3]) for i, image in enumerate(images)]
     return common.Dataset("toy", items, items, NAMES, "a photo of a {}.")
+
+
+def normalized(clip, data):
+    """The training images of data, preprocessed as for a test, in one batch."""
+    sized = [common.preprocess(common.decode(image), clip.image_size) for image, *_ in data.train]
+    return common.normalize(clip, sized)
+
+
+def initial(method, clip, data=None, **options):
+    """(Config, learnables at their initial value) for data, by default toy()."""
+    cfg = method.Config(**options)
+    return cfg, method.learnables(cfg, clip, data or toy())
+
+
+def match_gradients(step, loss, prompt):
+    """Asserts that a Step's gradients are those of loss, and none of them zero."""
+    parameters = dict(prompt.named_parameters())
+    for name, b in zip(parameters, gradients(loss, list(parameters.values())), strict=True):
+        assert close(step.gradients[name], b, 1e-3), name
+
+
+def check_learning(step, clip, learned):
+    """Asserts that every learnable is fp32 and gets a gradient, and that CLIP gets none.
+    learned: names of the learnables."""
+    assert step.gradients.keys() == set(learned)
+    assert all(g.abs().max() > 0 and g.dtype == torch.float32 for g in step.gradients.values())
+    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
 
 
 class Batches:
@@ -152,8 +185,7 @@ def rehearse(method, cfg, clip, data, prompt, batches=None, epochs=(0,), moving=
 
 def schedule(method, clip, data, **options):
     """The learning rates of each group of parameters in each epoch of method."""
-    cfg = method.Config(**options)
-    prompt = method.learnables(cfg, clip, data)
+    cfg, prompt = initial(method, clip, data, **options)
     return rehearse(method, cfg, clip, data, prompt, batches=[], epochs=None)[1]
 
 
@@ -198,7 +230,7 @@ def resnet():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A --data folder: the shapes world with few pictures per class, and its pretrained CLIP."""
+    """A --data folder: synthetic data sets of few images per class, and their pretrained CLIP."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "COUNTS", {"train": 4, "val": 1, "test": 2})
@@ -215,7 +247,7 @@ def clip(world):
 
 @pytest.fixture
 def fit(world, tmp_path):
-    """fit(method, ...) runs method.main on the small world; fit.rows() are the records of all its
+    """fit(method, ...) runs method.main on the small data sets; fit.rows() are the rows of all its
     runs, the last evaluated last."""
 
     def fit(method, **options):
