@@ -1,4 +1,4 @@
-"""The two towers and the assembly of prompts, against open_clip's own and CLIP written out."""
+"""The two towers and the prompts, against open_clip's own encoders and CLIP written out."""
 
 import open_clip
 import pytest
@@ -6,8 +6,11 @@ import torch
 
 import common
 from tests.conftest import (
+    METHODS,
     NAMES,
+    close,
     gradients,
+    initial,
     plain_image,
     plain_prompts,
     plain_text,
@@ -18,14 +21,6 @@ from tests.conftest import (
 
 CLASSES = [*NAMES, *open_clip.IMAGENET_CLASSNAMES[: 20 - len(NAMES)]]
 TASKS = [0] * 3 + [1] * 11 + [2] * 6  # three contexts in a row
-
-
-def close(a, b, tolerance=1e-5):
-    """Whether a equals b up to a share of b's largest value."""
-    return (a - b).abs().max() <= tolerance * b.abs().max() and b.abs().max() > 0
-
-
-# --- the text tower
 
 
 @pytest.mark.parametrize(
@@ -39,10 +34,8 @@ def test_shared_prefixes_give_the_features_and_gradients_of_77_tokens(clip, grou
     ours = common.encode_prompts(clip, names, ctx, None if group is None else context_of)
     plain = plain_prompts(clip, CLASSES, ctx[context_of])
     weight = torch.randn_like(plain)
-    assert close(ours, plain)
-    assert close(
-        gradients((ours * weight).sum(), [ctx])[0], gradients((plain * weight).sum(), [ctx])[0]
-    )
+    slopes = [gradients((w * weight).sum(), [ctx])[0] for w in (ours, plain)]
+    assert close(ours, plain) and close(*slopes)
 
 
 def test_untouched_embeddings_give_clips_own_text_features(clip):
@@ -50,7 +43,9 @@ def test_untouched_embeddings_give_clips_own_text_features(clip):
     x, eot = clip.token_embedding(ids), ids.argmax(1)
     assert close(plain_text(clip, x, eot), clip.encode_text(ids))
     for P in 1, 3:  # a prefix for each, of one and of more tokens
-        ours = common.encode_text(clip, x[:, :P], x[:, P:], eot, torch.arange(2))
+        names = common.Names.of(x[:1, :1], x[:, P:], eot - P)
+        rest = names.tail, names.own, names.last
+        ours = common.encode_text(clip, x[:, :P], *rest, torch.arange(2))
         assert close(ours, clip.encode_text(ids))
 
 
@@ -62,34 +57,24 @@ def test_names_of_any_length_and_number_give_clips_own_features(clip, classes):
     assert close(ours, clip.encode_text(ids))
 
 
-def test_what_stands_behind_an_eot_does_not_matter(clip):
+def test_tokens_behind_eot_do_not_matter(clip):
     names = common.embed_names(clip, NAMES, 2)
     ours = common.encode_prompts(clip, names, words(clip, "a photo"))
-    for k, eot in enumerate(names.layout(3).eot.tolist()):
+    for k, eot in enumerate(names.eot.tolist()):
         names.tail[k, eot + 1 :] = 1e3
     assert torch.equal(common.encode_prompts(clip, names, words(clip, "a photo")), ours)
 
 
-@pytest.mark.parametrize("columns", [[7, 2, 11], [1], [0, 0, 19], range(20)], ids=str)
-def test_selected_names_are_those_of_the_columns(clip, columns):
-    names, columns = common.embed_names(clip, CLASSES, 4), torch.tensor(columns)
-    some, V = names.select(columns), words(clip, "a photo of a")
-    lengths = names.layout(5).lengths[columns]
-    assert torch.equal(some.layout(5).lengths, lengths) and some.layout(5).S == lengths.max()
-    every = common.encode_prompts(clip, names, V)
-    assert close(common.encode_prompts(clip, some, V), every[columns])
-
-
-def test_a_layout_knows_its_lengths_on_the_host_and_its_eots(clip):
+def test_names_know_their_eot_on_the_cpu_and_their_own_tokens(clip):
     names = common.embed_names(clip, NAMES, 3)
     counts = [len(clip.tokenize.encode(name.replace("_", " "))) for name in NAMES]
-    layout = names.layout(1 + 3)
-    assert layout is names.layout(1 + 3)  # made once
-    assert layout.P == 1 + 3 and layout.S == names.tail.shape[1] == max(counts) + 2
-    assert names.eot.tolist() == [1 + 3 + count + 1 for count in counts]
-    assert layout.eot.tolist() == [count + 1 for count in counts]  # behind name and "."
-    assert layout.lengths.tolist() == [count + 2 for count in counts]
-    assert layout.lengths.device.type == "cpu"
+    S = max(counts) + 2  # "." and [EOT] follow the name
+    assert names.tail.shape == (3, S, 128) and names.eot.device.type == "cpu"
+    assert names.eot.tolist() == [count + 1 for count in counts]
+    own = [k * S + s for k, count in enumerate(counts) for s in range(count + 2)]
+    assert names.own.tolist() == own
+    ends = [k * S + count + 1 for k, count in enumerate(counts)]
+    assert names.own[names.last].tolist() == ends
 
 
 def test_a_name_that_ends_in_a_full_stop_keeps_its_tokens(clip):
@@ -99,7 +84,7 @@ def test_a_name_that_ends_in_a_full_stop_keeps_its_tokens(clip):
 
 
 def test_a_name_may_fill_the_77_tokens_and_no_more(clip):
-    assert common.embed_names(clip, ["cat " * 57 + "cat"], 16).eot.tolist() == [76]
+    assert common.embed_names(clip, ["cat " * 57 + "cat"], 16).eot.tolist() == [76 - 1 - 16]
     with pytest.raises(common.Error, match="class name 'dog dog.* too long"):
         common.embed_names(clip, ["cat", "dog " * 58 + "dog"], 16)
 
@@ -111,9 +96,6 @@ def test_zero_shot_weights_are_the_unit_features_of_every_template(clip):
         ids = clip.tokenize([template.format(name.replace("_", " ")) for name in NAMES])
         assert close(w[:, t], unit(clip.encode_text(ids)))
     assert torch.equal(common.zero_shot_weights(clip, toy()), w[:, :1])  # the data set's own
-
-
-# --- the image tower
 
 
 def test_without_prompts_the_image_features_are_clips_own(clip, odd, resnet):
@@ -130,7 +112,7 @@ def test_without_prompts_the_image_features_are_clips_own(clip, odd, resnet):
     + [{0: (3, 4, 48), 2: (0, 48)}, {1: (2, 48)}],
     ids=["shallow", "deep", "mixed", "dropped", "in one layer"],
 )
-def test_prompt_rows_join_stay_are_replaced_and_leave(odd, given):
+def test_prompts_join_stay_are_replaced_and_leave(odd, given):
     torch.manual_seed(0)
     images, asked = torch.rand(3, 3, 32, 32), []
     rows = {i: torch.randn(shape).requires_grad_() for i, shape in given.items()}
@@ -150,14 +132,14 @@ def test_prompt_rows_join_stay_are_replaced_and_leave(odd, given):
         assert not b.numel() or close(a, b)
 
 
-def test_patches_alone_leave_the_features_as_they_are(odd):
+def test_asking_for_patches_leaves_the_features_unchanged(odd):
     images = torch.rand(2, 3, 32, 32)
     f, patches = common.encode_image(odd, images, patches=True)
     plain = plain_image(odd, images, patches=True)
     assert close(f, odd.encode_image(images)) and close(patches, plain[1])
 
 
-def test_a_hook_sees_the_tokens_that_enter_its_block(odd):
+def test_the_hook_gets_the_tokens_that_enter_its_block(odd):
     seen, images = {}, torch.rand(2, 3, 32, 32)
     common.encode_image(odd, images, lambda i, tokens: seen.update({i: tokens}))
     x = odd.visual.ln_pre(seen[-1])
@@ -166,7 +148,10 @@ def test_a_hook_sees_the_tokens_that_enter_its_block(odd):
         x = block(x)
 
 
-def test_a_resnet_takes_no_prompts(resnet):
+def test_visual_prompts_and_patches_of_a_resnet_are_refused(resnet):
+    for name in "dpt", "upt", "enprompt":
+        with pytest.raises(common.Error, match="ViT-B-16"):
+            initial(METHODS[name], resnet)
     images = torch.rand(1, 3, 64, 64)
     for more in {"prompts": lambda i, tokens: None}, {"patches": True}:
         with pytest.raises(common.Error, match="ViT-B-16"):
