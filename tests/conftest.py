@@ -13,7 +13,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from torchvision.transforms.v2.functional import to_pil_image
+from PIL import Image
 from tqdm import tqdm
 
 import common
@@ -36,6 +36,7 @@ torch.set_num_threads(1)
 open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 HERE = Path(common.__file__).parent
+FOLDER = tempfile.TemporaryDirectory()  # of random images, until the tests end
 NAMES = ["cat", "striped_star", "a very blurry hourglass"]  # of one, two and more tokens
 
 
@@ -91,18 +92,26 @@ def gradients(loss, parameters):
     )
 
 
+@functools.cache
+def random_image(i):
+    """The path of a random image of 40 x 36 pixels."""
+    generator = torch.Generator().manual_seed(i)
+    image = torch.randint(256, (40, 36, 3), generator=generator, dtype=torch.uint8)
+    path = Path(FOLDER.name, f"{i}.png")
+    Image.fromarray(image.numpy()).save(path)
+    return str(path)
+
+
 def toy(count=6):
-    """A data set of count random images in memory, NAMES in turn."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, 3, 40, 36), generator=generator, dtype=torch.uint8)
-    items = [(image, i % 3, NAMES[i % 3]) for i, image in enumerate(images)]
+    """A data set of count random images, NAMES in turn."""
+    items = [(random_image(i), i % 3, NAMES[i % 3]) for i in range(count)]
     return common.Dataset("toy", items, items, NAMES, "a photo of a {}.")
 
 
 def normalized(clip, data):
     """The training images of data, preprocessed as for a test, in one batch."""
-    sized = [common.preprocess(common.decode(image), clip.image_size) for image, *_ in data.train]
-    return common.normalize(clip, sized)
+    images = [common.decode(path) for path, _, _ in data.train]
+    return common.normalize(clip, [common.preprocess(image, clip.image_size) for image in images])
 
 
 def initial(method, clip, data=None, **options):
