@@ -1,26 +1,34 @@
-"""The shapes world: the same pictures for ever, whole folders, and a study that moves one axis."""
+"""The synthetic data sets: their pixels, their folders, the tiny CLIP and UPT's study."""
 
 import errno
+import functools
 import hashlib
-import random
+import itertools
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save
 
-from tests.tools import shapes
+import common
+import upt
+from tests.tools import shapes, study
 
-SMALL = {"train": 2, "val": 1, "test": 1}
+WEIGHTS = shapes.WEIGHTS
+DIGESTS = {  # of the training images of the first class
+    "shapes": "462b0cc47eb22fa2035de5a48849fb1a5273c21b5fdb688405fe4c5193852cee",
+    "textures": "34a61b0060b0715f0a3c9c52438f29975b30b0c19d70239379e30f5648a77ca7",
+    "shapes_varied": "d6c6765e12bbb063ac9b8daba1c37508808e0587b679c58b1fe24c8b9b166e12",
+}
 
 
-def first_pictures(name):
-    """The training pictures of a task's first class."""
-    _, _, pixels = next(shapes.pictures(name))
-    return pixels
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 2, "val": 1, "test": 1})
 
 
 def contents(folder):
@@ -32,170 +40,141 @@ def contents(folder):
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
     reason="the digests are those of PyTorch's AVX kernels",
 )
-@pytest.mark.parametrize(
-    "name, digest",
-    [
-        ("shapes", "462b0cc47eb22fa2035de5a48849fb1a5273c21b5fdb688405fe4c5193852cee"),
-        ("textures", "34a61b0060b0715f0a3c9c52438f29975b30b0c19d70239379e30f5648a77ca7"),
-        ("shapes_varied", "d6c6765e12bbb063ac9b8daba1c37508808e0587b679c58b1fe24c8b9b166e12"),
-    ],
-)
-def test_the_pictures_are_those_of_all_published_figures(name, digest):
-    assert hashlib.sha256(first_pictures(name).tobytes()).hexdigest() == digest
+@pytest.mark.parametrize("name", DIGESTS)
+def test_the_images_are_those_of_all_results(name, monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 20})
+    _, _, pixels = next(shapes.images(name))
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == DIGESTS[name]
 
 
-def test_a_folder_holds_the_pictures_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "COUNTS", SMALL)
+def test_a_folder_holds_the_rendered_images(tmp_path):
     folder = shapes.write(tmp_path, "textures")
     assert folder == tmp_path / "shapes" / "textures"
-    assert len(contents(folder)) == 4 * (2 + 1 + 1)
-    for part, name, pixels in shapes.pictures("textures"):
-        for i, picture in enumerate(pixels):
+    assert len(contents(folder)) == 4 * (2 + 1 + 1) + 1
+    for part, name, pixels in shapes.images("textures"):
+        for i, image in enumerate(pixels):
             written = Image.open(folder / part / name / f"{i:03d}.png")
-            assert np.array_equal(np.asarray(written), picture)
+            assert np.array_equal(np.asarray(written), image)
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path):
-    folder = tmp_path / "shapes" / "textures"
-    folder.mkdir(parents=True)
-    assert shapes.write(tmp_path, "textures") == folder
-    assert contents(folder) == {}
+@pytest.mark.parametrize("change", ["nothing", "code", "weights", "a file", "the stamp"])
+def test_a_folder_of_other_code_or_that_lacks_files_is_replaced(
+    change, tmp_path, monkeypatch, capsys
+):
+    name = "clip" if change == "weights" else "textures"
+    folder = shapes.write(tmp_path, name)
+    before = contents(folder)
+    if change == "code":
+        monkeypatch.setattr(shapes, "SOURCE", b"other")
+    elif change == "weights":
+        monkeypatch.setattr(shapes, "WEIGHTS", tmp_path / "weights")
+        shapes.WEIGHTS.write_bytes(save(load_file(WEIGHTS), {"other": "header"}))
+    elif change == "a file":
+        next(folder.rglob("*.png")).unlink()
+    elif change == "the stamp":
+        (folder / shapes.STAMP).unlink()
+    capsys.readouterr()
+    shapes.write(tmp_path, name)
+    assert (f" in {folder} ...\n" in capsys.readouterr().err) == (change != "nothing")
+    after = contents(folder)
+    assert after.keys() == before.keys()
+    assert (after == before) == (change not in ("code", "weights"))  # which the stamp tells
 
 
-@pytest.mark.parametrize("name, writer", [("textures", Image.Image), ("clip", Path)])
-def test_a_full_disk_leaves_nothing(name, writer, tmp_path, monkeypatch):
-    method = "save" if writer is Image.Image else "write_bytes"
+def test_writers_at_the_same_time_all_get_a_whole_folder(tmp_path):
+    whole = contents(shapes.write(tmp_path, "textures"))
 
-    def full(self, *arguments, **keywords):
+    def written(root):
+        return contents(shapes.write(root, "textures"))
+
+    for i in range(8):
+        folder = tmp_path / str(i) / "shapes"
+        (folder / "textures" / "of other code").mkdir(parents=True)
+        with ThreadPoolExecutor(3) as pool:
+            assert [*pool.map(written, 3 * [folder.parent])] == 3 * [whole]
+        assert [path.name for path in folder.iterdir()] == ["textures"]
+
+
+class Killed(BaseException):
+    pass
+
+
+MOMENTS = [(Image.Image, "save", 3), (Path, "rename", 1), (Path, "rename", 2)]
+
+
+@pytest.mark.parametrize("owner, method, call", MOMENTS)
+def test_a_kill_leaves_the_old_folder_or_none(owner, method, call, tmp_path):
+    folder = shapes.write(tmp_path, "textures")
+    whole = contents(folder)
+    (folder / shapes.STAMP).write_text("other code")
+    old, usual, calls = contents(folder), getattr(owner, method), itertools.count(1)
+
+    def killed(*arguments):
+        if next(calls) == call:
+            raise Killed
+        return usual(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, method, killed)
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # no time to clean up
+        shapes.write(tmp_path, "textures")
+    assert contents(folder) in ({}, old)
+    assert contents(shapes.write(tmp_path, "textures")) == whole
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, method, full)
-    with pytest.raises(OSError, match="No space left"):
-        shapes.write(tmp_path, name)
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for name in "textures", "clip":
+        with pytest.raises(OSError, match="No space left"):
+            shapes.write(tmp_path, name)
     assert list((tmp_path / "shapes").iterdir()) == []
 
 
-def test_the_folder_appears_only_when_it_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "COUNTS", SMALL)
-    draw = shapes.pictures
-
-    def watched(name):
-        for drawn in draw(name):
-            assert not (tmp_path / "shapes" / name).exists()
-            yield drawn
-
-    monkeypatch.setattr(shapes, "pictures", watched)
-    assert shapes.write(tmp_path, "textures").is_dir()
+def test_the_tiny_clip_classifies_new_images(clip):
+    assert shapes.accuracy(clip, torch.arange(49408), count=500) > 0.99
 
 
-def test_of_two_processes_the_first_one_wins(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "COUNTS", SMALL)
-    draw = shapes.pictures
-
-    def overtaken(name):
-        yield from draw(name)
-        monkeypatch.setattr(shapes, "pictures", draw)
-        first.update(contents(shapes.write(tmp_path, name)))
-
-    first = {}
-    monkeypatch.setattr(shapes, "pictures", overtaken)
-    folder = shapes.write(tmp_path, "textures")
-    assert contents(folder) == first != {}
-    assert list((tmp_path / "shapes").iterdir()) == [folder]  # the second one's draft is gone
-
-
-def test_names_suit_every_file_system_and_both_ring_worlds_number_them_alike():
-    for task in shapes.TASKS.values():
-        names = list(task.classes)
-        assert all(name.replace("_", "").isalpha() for name in names)
-    # Labels follow the sorted names: only so does a label mean the same picture in both worlds
-    far = list(shapes.TASKS["rings_far"].classes)
-    close = list(shapes.TASKS["rings_close"].classes)
-    assert np.argsort(far).tolist() == np.argsort(close).tolist()
-
-
-def test_a_caption_says_what_it_is_said_to_say():
-    rng = random.Random(0)
-    words = [shapes.SHAPES, shapes.TEXTURES, list(shapes.COLOURS), shapes.STYLES]
-    seen = set()
-    for fillers in [0, 5] * 200:
-        attributes = [rng.randrange(len(kind)) for kind in words]
-        text, says = shapes.caption(attributes, fillers, rng)
-        seen.add(tuple(says))
-        for kind, attribute, said in zip(words, attributes, says, strict=True):
-            if said:
-                assert kind[attribute] in text.replace(".", "").split()
-    assert len(seen) > 8
-
-
-def test_a_pretrained_clip_can_be_written(tmp_path, monkeypatch, capsys):
+def test_a_pretrained_clip_can_be_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes, "WEIGHTS", tmp_path / "tiny.safetensors")
-    shapes.pretrain(steps=3, batch=4)
-    assert capsys.readouterr().out.startswith("3 steps in")
-    folder = shapes.write(tmp_path, "clip")
-    clip = open_clip.create_model(f"local-dir:{folder}")
-    assert clip.logit_scale.exp().item() == pytest.approx(100, rel=1e-2)
-
-
-def test_the_command_line_sets_the_steps(monkeypatch):
-    steps = []
-    monkeypatch.setattr(shapes, "pretrain", steps.append)
-    shapes.main([])
+    monkeypatch.setattr(shapes, "accuracy", functools.partial(shapes.accuracy, count=20))
+    monkeypatch.setattr(shapes, "pretrain", functools.partial(shapes.pretrain, batch=4))
     shapes.main(["--steps", "3"])
-    assert steps == [7000, 3]
+    assert capsys.readouterr().out.startswith("3 steps: zero-shot ")
+    clip = common.load_clip(common.Config(data=tmp_path, device="cpu"))
+    assert clip.scale.item() == pytest.approx(100, rel=1e-2)
 
 
-# ----------------------------------------------------------------------------------- the study
+# ----------------------------------------------------------------------------------- UPT's study
 
 
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
-    folder = shapes.write(tmp_path_factory.mktemp("data"), "clip")
-    return open_clip.create_model(f"local-dir:{folder}").eval()
+@pytest.mark.parametrize("sets, moved", [(study.SETS[:2], 0), (study.SETS[2:], 1)])
+def test_each_pair_of_data_sets_differs_in_one_variance(sets, moved, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 1, "test": 20})
+    found = [study.variances(clip, common.load_dataset(name, tmp_path)) for name in sets]
+    low, high = sorted(variances[moved] for variances in found)
+    assert high > 1.5 * low
+    assert found[0][1 - moved] == pytest.approx(found[1][1 - moved], rel=1e-4)
 
 
-@torch.no_grad()
-def variances(clip, name):
-    """Variance of a task's text features, and mean variance of the pictures within its classes."""
-    task = shapes.TASKS[name]
-    texts = [task.template.format(c.replace("_", " ")) for c in task.classes]
-    w = F.normalize(clip.encode_text(open_clip.get_tokenizer("ViT-B-32")(texts)), dim=-1)
-    within = []
-    for _, _, pixels in shapes.pictures(name):
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-        f = F.normalize(clip.encode_image(shapes.normalised(images)), dim=-1)
-        within.append(squared_spread(f))
-    return squared_spread(w), sum(within) / len(within)
-
-
-def squared_spread(features):
-    return ((features - features.mean(0)) ** 2).sum(1).mean().item()
-
-
-@pytest.mark.parametrize(
-    "more, less, moved",
-    [("shapes_varied", "shapes_steady", "pictures"), ("rings_far", "rings_close", "texts")],
-)
-def test_each_pair_of_the_study_moves_one_axis(more, less, moved, tiny_clip, monkeypatch):
-    monkeypatch.setattr(shapes, "COUNTS", {"test": 20})
-    more_texts, more_pictures = variances(tiny_clip, more)
-    less_texts, less_pictures = variances(tiny_clip, less)
-    if moved == "pictures":
-        assert more_pictures > 1.5 * less_pictures
-        assert more_texts == less_texts
-    else:
-        assert more_texts > 1.5 * less_texts
-        assert more_pictures == less_pictures
-
-
-def test_the_names_of_the_study_hold_only_words_that_the_clip_has_seen():
+def test_the_class_names_hold_only_words_of_the_pretraining(clip):
     known = set(shapes.caption_tokens().tolist())
-    tokenize = open_clip.get_tokenizer("ViT-B-32")
-    for name in ["shapes_steady", "rings_far", "rings_close"]:
-        task = shapes.TASKS[name]
+    for task in shapes.TASKS.values():
         texts = [task.template.format(c.replace("_", " ")) for c in task.classes]
-        assert set(tokenize(texts).flatten().tolist()) <= known
+        assert set(clip.tokenize(texts).flatten().tolist()) <= known
 
 
-def test_both_ring_worlds_show_the_same_pictures():
-    assert np.array_equal(first_pictures("rings_far"), first_pictures("rings_close"))
+def test_the_study_shows_the_mean_gain_of_all_seeds(fit, tmp_path, capsys):
+    for seed in 1, 2:
+        fit(upt, dataset="textures", side="text", seed=seed)
+    gains = [row["accuracy"] - row["zero_shot"] for row in fit.rows()]
+    capsys.readouterr()
+    study.main(["--out", str(tmp_path), "--data", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines[2:6]] == study.SETS
+    options = "--epochs 1 --shots 1 --side text"
+    gain = f"{np.mean(gains):.2f} ± {np.std(gains):.2f}"
+    assert lines[9:] == [f"| textures | {options} | 2 | {gain} |"]
