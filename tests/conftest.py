@@ -161,22 +161,21 @@ def rehearse(method, cfg, clip, data, prompt, batches=None, epochs=(0,), moving=
     """
     steps, rates, take_step = [], [], common.Optimizer.step
 
-    def put_back():
-        if steps and not moving:
+    def stepped(*args):
+        steps[-1].times.append(args)
+        if not moving:
             prompt.load_state_dict(steps[-1].before)
 
     def resumed(cfg, clip, data, prompt, optimizer):
-        optimizer.sgd.register_step_post_hook(lambda *args: steps[-1].times.append(args))
+        optimizer.sgd.register_step_post_hook(stepped)
         for epoch in range(optimizer.epochs) if epochs is None else epochs:
             rates.append([group["lr"] for group in optimizer.sgd.param_groups])
             yield epoch
-            put_back()
             if not optimizer.losses:  # an epoch without batches
                 optimizer.losses.append(torch.zeros(()))
             optimizer.end_epoch()
 
     def step(optimizer, loss):
-        put_back()
         before = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
         steps.append(Step(before, loss.detach(), {}, []))
         take_step(optimizer, loss)
@@ -248,10 +247,15 @@ def world(tmp_path_factory):
     return folder
 
 
+def tiny(world, precision="fp32", device="cpu"):
+    """The pretrained tiny CLIP."""
+    model = f"local-dir:{world}/shapes/clip"
+    return common.load_clip(common.Config(model=model, device=device, precision=precision))
+
+
 @pytest.fixture(scope="session")
 def clip(world):
-    """The pretrained tiny CLIP."""
-    return common.load_clip(common.Config(model=f"local-dir:{world}/shapes/clip", device="cpu"))
+    return tiny(world)
 
 
 @pytest.fixture
