@@ -1,10 +1,11 @@
-"""Pictures: decoding, views against PIL's, random boxes against torchvision's, the loader."""
+"""Images: decoding, parity with the official transforms, random boxes, the loader."""
 
-import math
-import os
+import io
 import random
+import struct
 import threading
-import types
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +16,16 @@ from torchvision import transforms
 from torchvision.transforms import functional as vision
 
 import common
+import softcpt
 from tests.conftest import toy
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
-
-
 SIZES = [(500, 375), (375, 500), (333, 500), (640, 480), (300, 200), (32, 32), (20, 27)]
+REAL = Path(__file__).parents[2] / "shared" / "gpu" / "data"
 
 
 def photo(width, height):
-    """A PIL picture with smooth and fine detail, too dull for bicubic to overshoot 8 bits often."""
+    """A PIL image with smooth and fine detail."""
     generator = torch.Generator().manual_seed(width + 1000 * height)
     coarse = torch.rand(1, 3, 9, 9, generator=generator)
     smooth = interpolate(coarse, (height, width), mode="bilinear")[0]
@@ -32,93 +33,130 @@ def photo(width, height):
     return vision.to_pil_image(0.1 + 0.7 * smooth + 0.1 * fine)
 
 
-def viewer(side):
-    """What common.views asks of a Clip, with colours as they are."""
-    colours = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}
-    return types.SimpleNamespace(image_size=side, device=torch.device("cpu"), **colours)
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Paths of JPEGs: 200 of the real ones, where they are, else some made here."""
+    if REAL.is_dir():
+        real = sorted(REAL.rglob("*.jpg"))
+        return real[:: len(real) // 200][:200]
+    folder, numbers = tmp_path_factory.mktemp("photos"), random.Random(0)
+    sizes = SIZES + [(numbers.randint(67, 600), numbers.randint(67, 600)) for _ in range(20)]
+    for size in sizes:
+        photo(*size).save(folder / "{}_{}.jpg".format(*size), quality=95)
+    return sorted(folder.iterdir())
 
 
-def levels(clip, batch):
-    """A normalised batch as whole levels of 0 to 255."""
-    return (255 * (batch * clip.std + clip.mean)).round().int()
-
-
-# --- views
-
-
-def plain_test_view(image, side):
-    resize, crop = transforms.Resize(side, BICUBIC), transforms.CenterCrop(side)
-    return vision.pil_to_tensor(crop(resize(image))).int()
+# --- parity with the official transforms
 
 
 @pytest.mark.parametrize("side", [32, 224])
-def test_test_views_are_pils(side):
-    stream = random.Random(0)
-    sizes = SIZES + [(stream.randint(67, 600), stream.randint(67, 600)) for _ in range(20)]
-    sizes += [(32, 288), (300, 34), (270, 30), (34, 305)]  # up to 9 times as long as wide
-    for width, height in sizes:
-        image = photo(width, height)
-        ours = common.views(viewer(side), [vision.pil_to_tensor(image)])
-        plain = plain_test_view(image, side)
-        assert torch.equal(levels(viewer(side), ours)[0], plain), image.size
+def test_test_images_equal_the_official_transforms(side, photos):
+    official = transforms.Compose([transforms.Resize(side, BICUBIC), transforms.CenterCrop(side)])
+    for path in photos:
+        ours = common.preprocess(common.decode(path), side)
+        theirs = vision.pil_to_tensor(official(Image.open(path).convert("RGB")))
+        assert ours.dtype == torch.uint8 and torch.equal(ours, theirs), path
 
 
 @pytest.mark.parametrize("side", [32, 224])
-@pytest.mark.parametrize("width, height", [(1000, 100), (42, 500), (1000, 6), (3, 2001)])
-def test_of_a_longer_picture_no_more_than_the_view_needs_is_resized(
-    side, width, height, monkeypatch
-):
-    resize, sizes = common.vision.resize, []
+def test_training_images_equal_the_official_transforms_of_their_boxes(side, photos, monkeypatch):
+    boxes, resized_crop = [], common.vision.resized_crop
 
-    def watched(image, *more):
-        sizes.append(image.size)
-        return resize(image, *more)
+    def noted(image, *box_and_more):
+        boxes.append(box_and_more[:4])
+        return resized_crop(image, *box_and_more)
 
-    monkeypatch.setattr(common.vision, "resize", watched)
-    for image in photo(width, height), photo(height, width):
-        difference = common.test_view(image, side) - plain_test_view(image, side)
-        assert difference.abs().float().mean() < 1, image.size  # half a pixel off: 4
-        assert max(sizes[-1]) <= 10 * min(sizes[-1]) and min(sizes[-1]) == min(image.size)
-
-
-def by_hand(image, side, crop, numbers):
-    """A training view by PIL alone, of the box that these numbers give at the first try."""
-    share, log_ratio = numbers.uniform(*crop), math.log(4 / 3) * numbers.uniform(-1, 1)
-    w = round(math.sqrt(share * image.width * image.height * math.exp(log_ratio)))
-    h = round(math.sqrt(share * image.width * image.height / math.exp(log_ratio)))
-    left, top = numbers.randint(0, image.width - w), numbers.randint(0, image.height - h)
-    view = image.crop((left, top, left + w, top + h)).resize((side, side), Image.Resampling.BICUBIC)
-    mirrored = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return vision.pil_to_tensor(mirrored if numbers.random() < 0.5 else view)
+    monkeypatch.setattr(common.vision, "resized_crop", noted)
+    monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", lambda *_: boxes[-1])
+    official, mirrored = transforms.RandomResizedCrop(side, interpolation=BICUBIC), []
+    for seed, path in enumerate(photos):
+        ours = common.augment(common.decode(path), side, (0.08, 1.0), random.Random(seed))
+        theirs = vision.pil_to_tensor(official(Image.open(path).convert("RGB")))
+        mirrored.append(not torch.equal(ours, theirs))
+        assert torch.equal(ours, theirs.flip(-1) if mirrored[-1] else theirs), path
+    assert 0.25 < np.mean(mirrored) < 0.75
 
 
-@pytest.mark.parametrize("side", [32, 224])
-def test_training_views_are_pils(side):
-    for width, height in SIZES:
-        image = photo(width, height)
-        for seed in range(6):
-            view = common.train_view(image, side, (0.08, 0.5), random.Random(seed))
-            plain = by_hand(image, side, (0.08, 0.5), random.Random(seed))
-            assert (view.dtype, view.shape) == (torch.uint8, (3, side, side))
-            assert torch.equal(view, plain), (image.size, seed)
-
-
-def test_views_take_paths_and_tensors(tmp_path):
-    image = photo(40, 36)
-    image.save(tmp_path / "x.png")
-    two = common.views(viewer(32), [tmp_path / "x.png", vision.pil_to_tensor(image)])
-    assert two.shape == (2, 3, 32, 32) and torch.equal(*two)
-
-
-def test_views_are_normalised_as_clip_wants_it(clip):
-    picture = torch.full((3, 40, 40), 51, dtype=torch.uint8)
-    view = common.views(clip, [picture])[0]
+def test_images_are_normalised_as_clip_wants_it(clip):
+    (x,) = common.normalize(clip, [torch.full((3, 40, 40), 51, dtype=torch.uint8)])
     for c in range(3):
         expected = (51 / 255 - clip.visual.image_mean[c]) / clip.visual.image_std[c]
-        assert torch.allclose(view[c], torch.tensor(expected))
+        assert torch.allclose(x[c], torch.tensor(expected))
 
 
 # --- decoding
+
+FORMATS = {
+    "JPEG": {"quality": 100, "subsampling": 0},
+    "PNG": {},
+    "TIFF": {},
+    "WEBP": {"lossless": True},
+}
+
+
+def encoded(form, exif=b"", **options):
+    """The bytes of a 24 x 16 image whose corners differ."""
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8], pixels[:8, 16:], pixels[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    options = FORMATS[form] | options | ({"exif": exif} if exif else {})
+    Image.fromarray(pixels).save(file := io.BytesIO(), form, **options)
+    return file.getvalue()
+
+
+TURNED = {  # by the EXIF tag: what a viewer shows of rows and columns (EXIF 2.3, 4.6.4 A)
+    1: lambda x: x,
+    2: lambda x: x.flip(2),
+    3: lambda x: x.flip(1, 2),
+    4: lambda x: x.flip(1),
+    5: lambda x: x.transpose(1, 2),
+    6: lambda x: x.transpose(1, 2).flip(2),
+    7: lambda x: x.transpose(1, 2).flip(1, 2),
+    8: lambda x: x.transpose(1, 2).flip(1),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_are_turned_as_their_exif_tag_says(form, tmp_path):
+    def decoded(exif=b""):
+        (tmp_path / "x").write_bytes(encoded(form, exif))
+        return vision.pil_to_tensor(common.decode(tmp_path / "x"))
+
+    stored = decoded()
+    plain = Image.open(io.BytesIO(encoded(form))).convert("RGB")
+    assert torch.equal(stored, vision.pil_to_tensor(plain))
+    for tag, turned in TURNED.items():
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        assert torch.equal(decoded(exif), turned(stored)), tag
+    for unknown in 0, 9:
+        exif[0x0112] = unknown
+        assert torch.equal(decoded(exif), stored), unknown
+
+
+def exif_block(*entries):
+    """An EXIF block of entries (tag, type, value)."""
+    rows = b"".join(struct.pack("<HHI4s", tag, kind, 1, value) for tag, kind, value in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4)
+
+
+SIX = (0x0112, 3, b"\6\0\0\0")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif, size",
+    [
+        (b"Exif\0\0garbage", (24, 16)),
+        (exif_block(SIX)[:-10], (24, 16)),
+        (exif_block(SIX, (0x0100, 9, b"\xff" * 4)), (16, 24)),  # a negative width
+        (exif_block(SIX, (0x0100, 11, b"\0\0\x80\x3f")), (16, 24)),  # a width of 1.0
+    ],
+    ids="no_block cut_off negative_width width_of_1.0".split(),
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_exif_block_leaves_an_image_readable(exif, size, form, tmp_path):
+    (tmp_path / "x").write_bytes(encoded(form, exif))
+    assert common.decode(tmp_path / "x").size == size
 
 
 @pytest.mark.parametrize(
@@ -151,16 +189,27 @@ def test_an_animated_gif_is_its_first_frame(tmp_path):
     assert common.decode(tmp_path / "x.gif").getpixel((3, 3)) == (255, 0, 0)
 
 
-def test_a_tensor_is_decoded_as_it_is():
-    picture = toy().train[0][0]
-    assert torch.equal(vision.pil_to_tensor(common.decode(picture)), picture)
+def huge_png():
+    """A few bytes that claim 60,000 x 60,000 pixels."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(bytes(999)))
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")
-def test_a_pipe_is_no_picture_and_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(common.Error, match="x.png"):
-        common.decode(tmp_path / "x.png")
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", huge_png(), huge_png()[:50], encoded("JPEG")[:-99], encoded("PNG")[:-40]],
+    ids="empty text huge half_png truncated_jpeg truncated_png".split(),
+)
+def test_an_image_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(common.Error, match="x.jpg"):
+        common.decode(tmp_path / "x.jpg")
 
 
 # --- random boxes
@@ -180,21 +229,21 @@ def boxes(monkeypatch):
 
 
 def ours(boxes, height, width, crop, n):
-    """(n, 4): the boxes of n training views."""
+    """(n, 4): the boxes of n augmented images."""
     image, numbers = Image.new("RGB", (width, height)), random.Random(0)
     for _ in range(n):
-        common.train_view(image, 8, crop, numbers)
+        common.augment(image, 8, crop, numbers)
     return np.array(boxes)
 
 
 def torchvisions(height, width, crop, n):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        draw, image = transforms.RandomResizedCrop.get_params, Image.new("RGB", (width, height))
-        return np.array([draw(image, list(crop), [3 / 4, 4 / 3]) for _ in range(n)])
+        sample, image = transforms.RandomResizedCrop.get_params, Image.new("RGB", (width, height))
+        return np.array([sample(image, list(crop), [3 / 4, 4 / 3]) for _ in range(n)])
 
 
-def drawn_alike(a, b):
+def alike(a, b):
     """Whether two samples' means and distributions differ by no more than chance: by 4 standard
     errors, and by Kolmogorov and Smirnov's bound for one pair in 10,000."""
     n, at = len(a), np.concatenate([a, b])
@@ -217,7 +266,7 @@ def test_random_boxes_are_spread_as_torchvisions(height, width, crop, boxes):
         lambda top, left, h, w: (top + 0.5) / (height - h + 1),  # among the places that it has
         lambda top, left, h, w: (left + 0.5) / (width - w + 1),
     ):
-        assert drawn_alike(what(*found.T), what(*usual.T))
+        assert alike(what(*found.T), what(*usual.T))
 
 
 @pytest.mark.parametrize(
@@ -234,14 +283,21 @@ def test_where_no_box_fits_the_centre_is_shown(height, width, boxes):
 # --- the loader
 
 
+def saved(path, pixels):
+    """The path of an image with these pixels (height, width, 3)."""
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(path)
+    return str(path)
+
+
 def numbered(n):
-    """A toy data set whose n labels number its pictures."""
-    items = [(picture, i, str(i)) for i, (picture, _, _) in enumerate(toy(n).train)]
-    return toy()._replace(train=items, classnames=[name for _, _, name in items])
+    """A toy data set whose n labels number its images."""
+    names = [str(i) for i in range(n)]
+    train = [(path, i, names[i]) for i, (path, *_) in enumerate(toy(n).train)]
+    return toy()._replace(train=train, classnames=names)
 
 
 def epoch_of(cfg, clip, data, epoch):
-    """{label: view} of an epoch."""
+    """{label: image} of an epoch."""
     batches = common.Loader(cfg, clip, data).epoch(epoch)
     return {int(y): x for xs, ys in batches for x, y in zip(xs, ys, strict=True)}
 
@@ -260,7 +316,17 @@ def test_an_epoch_has_no_image_twice_and_drops_a_short_batch_unless_alone(clip, 
         assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
 
-def test_views_depend_on_seed_epoch_and_picture_alone(clip):
+def test_labels_and_images_of_a_batch_go_together(clip, tmp_path):
+    items = [
+        (saved(tmp_path / f"{i}.png", np.full((40, 40, 3), 20 * i)), i, str(i)) for i in range(10)
+    ]
+    data = numbered(10)._replace(train=items)
+    for i, x in epoch_of(common.Config(), clip, data, 0).items():
+        levels = 255 * (x * clip.std + clip.mean)[0]
+        assert levels.round().unique().tolist() == [20 * i]
+
+
+def test_augmented_images_depend_on_seed_epoch_and_image_alone(clip):
     cfg, data = common.Config(batch_size=4, workers=1), numbered(8)
     seen = epoch_of(cfg, clip, data, 1)
     more_threads = epoch_of(common.Config(batch_size=2, workers=8), clip, data, 1)
@@ -270,96 +336,85 @@ def test_views_depend_on_seed_epoch_and_picture_alone(clip):
         again = epoch_of(cfg, clip, data, 1)
     later = epoch_of(cfg, clip, data, 2)
     other = epoch_of(common.Config(batch_size=4, seed=2), clip, data, 1)
-    for i, view in seen.items():
-        assert torch.equal(view, more_threads[i]) and torch.equal(view, again[i])
-        assert not torch.equal(view, later[i]) and not torch.equal(view, other[i])
+    for i, x in seen.items():
+        assert torch.equal(x, more_threads[i]) and torch.equal(x, again[i])
+        assert not torch.equal(x, later[i]) and not torch.equal(x, other[i])
     same = data._replace(train=[(data.train[0][0], i, str(i)) for i in range(8)])
-    views = epoch_of(cfg, clip, same, 1)
-    assert all(not torch.equal(views[0], views[i]) for i in range(1, 8))  # nor on the content
+    twins = epoch_of(cfg, clip, same, 1)
+    assert all(not torch.equal(twins[0], twins[i]) for i in range(1, 8))  # nor on the content
 
 
-def test_labels_and_images_go_together(clip):
-    pictures = [torch.full((3, 40, 40), 20 * i, dtype=torch.uint8) for i in range(10)]
-    data = numbered(10)._replace(train=[(x, i, str(i)) for i, x in enumerate(pictures)])
-    for i, view in epoch_of(common.Config(), clip, data, 0).items():
-        assert levels(clip, view[None]).unique().tolist() == [20 * i]
+def test_the_order_and_dropout_have_seeds_of_their_own(clip, tmp_path):
+    cfg, data = common.Config(batch_size=100, epochs=3, out=str(tmp_path)), numbered(100)
+    prompt = torch.nn.Linear(1, 1)
+    optimizer = common.Optimizer(cfg, clip, prompt.parameters(), 3)
+    loader, orders = common.Loader(cfg, clip, data), []
+    for epoch in common.resumed(cfg, clip, data, prompt, optimizer):
+        orders += [torch.randperm(100).tolist(), loader.order(epoch)[0]]
+        optimizer.step(prompt(torch.ones(1)).sum())
+    assert len({*map(tuple, orders)}) == 6
 
 
-def test_a_picture_is_decoded_once_and_beyond_the_memory_in_every_epoch(world, clip, monkeypatch):
-    data, decoded = common.load_dataset("shapes", str(world)), []
-    decode, lock = common.decode, threading.Lock()
+def test_an_image_is_decoded_once_and_beyond_the_cache_in_every_epoch(clip, monkeypatch):
+    data, decoded, decode, lock = numbered(32), [], common.decode, threading.Lock()
 
-    def counting(picture):
+    def counting(path):
         with lock:
-            decoded.append(picture)
-        return decode(picture)
+            decoded.append(path)
+        return decode(path)
 
     monkeypatch.setattr(common, "decode", counting)
-    found = []
-    for room in common.KEPT_BYTES, 0:
-        monkeypatch.setattr(common, "KEPT_BYTES", room)
-        loader = common.Loader(common.Config(), clip, data)
+    epochs = []
+    for room, times in (common.CACHE_BYTES, 1), (0, 2):
+        monkeypatch.setattr(common, "CACHE_BYTES", room)
         decoded.clear()
-        first = list(loader.epoch(0))
-        once = len(decoded)
-        assert once >= 32 * len(first)
-        found.append(torch.cat([images for images, _ in first]))
-        list(loader.epoch(0))
-        assert len(decoded) == (once if room else 2 * once)
-    assert torch.equal(*found)
+        loader = common.Loader(common.Config(), clip, data)
+        epochs += [torch.cat([x for x, _ in loader.epoch(0)]) for _ in range(2)]
+        assert len(decoded) == times * 32
+    assert all(torch.equal(epochs[0], epoch) for epoch in epochs)
 
 
-def test_a_broken_picture_ends_the_epoch_with_its_name(clip, tmp_path):
-    (tmp_path / "x.png").write_bytes(b"no picture")
+def test_a_broken_image_ends_the_epoch_with_its_name(clip, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
     data = toy()._replace(train=[*toy().train, (str(tmp_path / "x.png"), 0, "cat")])
     with pytest.raises(common.Error, match="x.png"):
         list(common.Loader(common.Config(), clip, data).epoch(0))
 
 
-def test_without_training_images_there_is_no_loader(clip):
-    with pytest.raises(common.Error, match="toy has no images"):
-        common.Loader(common.Config(), clip, toy()._replace(train=[]))
-
-
-@pytest.mark.parametrize("label", [-1, 3])
-def test_labels_that_name_no_class_are_refused(label, clip):
-    items = [*toy().train, (toy().train[0][0], label, "dog")]
-    with pytest.raises(common.Error, match="toy: labels"):
-        common.Loader(common.Config(), clip, toy()._replace(train=items))
-
-
-def test_half_of_the_views_are_mirrored(clip):
-    square = torch.zeros(3, 100, 100, dtype=torch.uint8)
-    square[:, :, 50:] = 255
-    data = toy()._replace(train=[(square, 0, "cat")], crop=(1.0, 1.0))  # all of it
+def test_half_of_the_augmented_images_are_mirrored(clip, tmp_path):
+    pixels = np.zeros((100, 100, 3))
+    pixels[:, 50:] = 255
+    item = (saved(tmp_path / "x.png", pixels), 0, "cat")
+    data = toy()._replace(train=[item], crop=(1.0, 1.0))  # all of it
     loader = common.Loader(common.Config(), clip, data)
-    flips = [bool(loader.view(epoch, 0)[0, 0, 0] > 128) for epoch in range(400)]
+    flips = [bool(loader.augmented(epoch, 0)[0, 0, 0] > 128) for epoch in range(400)]
     assert 160 < sum(flips) < 240
 
 
-def test_boxes_come_from_the_data_sets_crop(clip, boxes):
-    square = torch.zeros(3, 100, 100, dtype=torch.uint8)
-    data = toy()._replace(train=[(square, 0, "cat")], crop=(0.3, 0.4))
-    loader = common.Loader(common.Config(), clip, data)
+def shares_of(loader, i, boxes):
+    """Shares of the area of image i, which is 40 x 36, that 400 epochs show."""
+    boxes.clear()
     for epoch in range(400):
-        loader.view(epoch, 0)
-    shares = [h * w / 100**2 for _, _, h, w in boxes]
+        loader.augmented(epoch, i)
+    return [h * w / (40 * 36) for _, _, h, w in boxes]
+
+
+def test_boxes_come_from_the_data_sets_crop(clip, boxes):
+    loader = common.Loader(common.Config(), clip, toy()._replace(crop=(0.3, 0.4)))
+    shares = shares_of(loader, 0, boxes)
     assert len(shares) == 400
-    assert 0.29 < min(shares) < 0.31 and 0.39 < max(shares) < 0.41
+    assert 0.28 < min(shares) < 0.32 and 0.38 < max(shares) < 0.42
 
 
-@pytest.mark.parametrize("picture", [torch.rand(3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8)])
-def test_a_tensor_that_is_no_uint8_rgb_picture_is_refused(picture):
-    with pytest.raises(common.Error, match="uint8 tensor"):
-        common.decode(picture)
-
-
-def test_views_of_boxes_are_pils_crops_mirrored_where_asked():
-    pixels = np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    box = 3, 5, 20, 31  # top, left, height, width
-    picture = vision.pil_to_tensor(image)
-    ours = common.views(viewer(32), [picture] * 2, [box] * 2, [False, True])
-    expected = image.crop((5, 3, 5 + 31, 3 + 20)).resize((32, 32), Image.Resampling.BICUBIC)
-    plain = common.normalised(viewer(32), [vision.pil_to_tensor(expected)])[0]
-    assert torch.equal(ours[0], plain) and torch.equal(ours[1], plain.flip(-1))
+def test_each_task_of_softcpt_keeps_its_own_crop(clip, boxes, monkeypatch):
+    loaders, Loader = [], common.Loader
+    monkeypatch.setattr(common, "Loader", lambda *a: loaders.append(Loader(*a)) or loaders[0])
+    monkeypatch.setattr(common, "resumed", lambda *_: [])
+    crops = {"a": (0.3, 0.4), "b": (0.7, 0.8)}
+    sets = [toy()._replace(name=name, crop=crop) for name, crop in crops.items()]
+    cfg = softcpt.Config(dataset="a,b")
+    tasks = softcpt.tasks_of(cfg, sets)
+    softcpt.train(cfg, clip, tasks, softcpt.learnables(cfg, clip, tasks))
+    for i, (least, most) in (0, crops["a"]), (5, crops["a"]), (6, crops["b"]), (11, crops["b"]):
+        shares = shares_of(loaders[0], i, boxes)
+        assert least - 0.02 < min(shares) and max(shares) < most + 0.02
