@@ -35,13 +35,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.parse
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -104,13 +104,14 @@ NOT_LEARNED = "transfer device data out workers force".split()  # options that c
 
 def cli(cls, argv=None):
     """The Config class cls, filled from the command line."""
-    document = sys.modules[cls.__module__].__doc__
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=f"usage: python {Path(sys.argv[0]).name} [--option value ...]\n\n{document}",
+        usage=argparse.SUPPRESS,  # the description holds it; so an error is one line
+        description="usage: python FILE [--option value ...]\n\n"
+        + sys.modules[cls.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    notes = comments(Config) | comments(cls)
+    source = inspect.getsource(Config) + inspect.getsource(cls)
+    notes = dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.M))
     for field in dataclasses.fields(cls):
         kind = {"type": field.type}
         if field.type is bool:
@@ -122,22 +123,16 @@ def cli(cls, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
-def comments(cls):
-    """{field: the comment behind it} of a dataclass."""
-    return dict(re.findall(r"^ +(\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
-
-
 def script(main):
     """Runs main(). Invalid input, full memory and Ctrl-C end in one line and exit code 2."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # Windows' consoles lack many characters
+    sys.stdout.reconfigure(errors="backslashreplace")  # Windows' consoles lack many characters
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         return main()
     except (Error, OSError) as problem:
         line = " ".join(str(problem).split())
     except (RuntimeError, MemoryError) as problem:
-        full = isinstance(problem, (torch.OutOfMemoryError, MemoryError))
-        if not full and "allocate memory" not in str(problem):  # torch's words on a CPU
+        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):  # torch's word
             raise
         line = "out of memory: lower --batch_size or use a smaller --model"
     except KeyboardInterrupt:
@@ -145,11 +140,6 @@ def script(main):
         line += "to resume after the last complete epoch"
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def brief(problem):
-    """A library's message in one line of at most 200 characters."""
-    return textwrap.shorten(str(problem) or repr(problem), 200)
 
 
 def source_file(cfg):
@@ -180,7 +170,13 @@ def file_name(text):
     name = urllib.parse.quote(text, safe="=, ")
     if len(name) < 200 and name.strip("."):  # neither too long nor a parent folder
         return name
-    return name[:150] + hashlib.sha256(name.encode()).hexdigest()[:16]
+    return name[:150] + sha256(name)[:16]
+
+
+def sha256(content):
+    """The SHA-256 of bytes, or of anything's text, in hexadecimal digits."""
+    content = content if isinstance(content, bytes) else str(content).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def seed_of(*numbers):
@@ -249,11 +245,8 @@ class Clip:
 def fingerprint(model):
     """Hash of a model's weights, kinds of layers (its activation among them), heads and colours."""
     layers = [[type(layer).__name__, getattr(layer, "num_heads", 0)] for layer in model.modules()]
-    colours = model.visual.image_mean, model.visual.image_std
-    total = hashlib.sha256(f"{layers} {colours}".encode())
-    for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.numpy().tobytes())
-    return total.hexdigest()[:16]
+    weights = [[name, sha256(x.numpy().tobytes())] for name, x in model.state_dict().items()]
+    return sha256([layers, weights, model.visual.image_mean, model.visual.image_std])[:16]
 
 
 def load_clip(cfg):
@@ -264,13 +257,12 @@ def load_clip(cfg):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:
-        raise Error(f"--device {device} is not available: {brief(problem)}") from None
+        raise Error(f"--device {device} is not available: {shorten(str(problem), 200)}") from None
     name = model_name(cfg)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)  # random weights are the same in every process
-        model = build_model(name, cfg.pretrained)
-    tokenize = open_clip.get_tokenizer(name)
-    check_encoders(name, model, tokenize)
+        model, tokenize = build_model(name, cfg.pretrained), open_clip.get_tokenizer(name)
+        check_encoders(name, model, tokenize)
     return Clip(model, tokenize, device, precision)
 
 
@@ -303,7 +295,7 @@ def build_model(name, pretrained):
     try:
         return open_clip.create_model(name, **options)
     except Exception as problem:  # open_clip, its hub and torch raise many kinds
-        raise Error(f"--model {name}: {brief(problem)}{advice}") from None
+        raise Error(f"--model {name}: {shorten(str(problem), 200)}{advice}") from None
 
 
 def load_weights(name, path):
@@ -311,7 +303,7 @@ def load_weights(name, path):
     TorchScript archive. torch.jit.load runs an archive's code, so OpenAI's archives are recognised
     by their SHA-256, which is part of their URL. Raises Error."""
     url = open_clip.get_pretrained_cfg(name, "openai").get("url", "")
-    by_openai = hashlib.sha256(path.read_bytes()).hexdigest() in url
+    by_openai = sha256(path.read_bytes()) in url
     try:
         if by_openai:
             weights = torch.jit.load(path, map_location="cpu").state_dict()
@@ -328,10 +320,9 @@ def load_weights(name, path):
         model.load_state_dict(weights)
     except RuntimeError:
         raise Error(f"{path}: the weights of another model than --model {name}") from None
-    activation, note = type(model.transformer.resblocks[0].mlp.gelu).__name__, ""
-    if activation != "QuickGELU":
-        note = f"; OpenAI's weights need QuickGELU, --model {name}-quickgelu"
-    print(f"{path}: using {activation}{note}")
+    activation = type(model.transformer.resblocks[0].mlp.gelu).__name__
+    right = name.removesuffix("-quickgelu") + "-quickgelu"
+    print(f"{path}: using {activation} (OpenAI's weights need QuickGELU, as in --model {right})")
     return model
 
 
@@ -340,11 +331,11 @@ def check_encoders(name, model, tokenize):
     one text and one image, in fp32 on the CPU."""
     try:
         clip = Clip(model, tokenize)
-        image = torch.linspace(-2, 2, 3 * clip.image_size**2).view(1, 3, clip.image_size, -1)
+        image = torch.randn(1, 3, clip.image_size, clip.image_size)
         names = embed_names(clip, ["a photo"], 0)
-        ours = encode_prompts(clip, names, names.sos[:, :0]), encode_image(clip, image)
-        theirs = clip.encode_text(tokenize(["a photo."])), clip.encode_image(image)
-        pairs = zip(ours, theirs, strict=True)
+        text = encode_prompts(clip, names, names.sos[:, :0])
+        pairs = [(text, model.encode_text(tokenize(["a photo."])))]
+        pairs.append((encode_image(clip, image), model.encode_image(image)))
         same = all(torch.allclose(x, y, atol=1e-4 * float(y.abs().max())) for x, y in pairs)
     except AttributeError:
         same = False
@@ -525,31 +516,33 @@ class Benchmark(NamedTuple):
 
     folder: str
     images: str
-    split: str = ""
-    template: str = "a photo of a {}."
+    split: str
+    template: str
 
 
+TABLE = """
+imagenet        | imagenet | images | - | a photo of a {}.
+caltech101      | caltech-101 | 101_ObjectCategories | Caltech101 | a photo of a {}.
+dtd             | dtd | images | DescribableTextures | {} texture.
+eurosat         | eurosat | 2750 | EuroSAT | a centered satellite photo of {}.
+fgvc_aircraft   | fgvc_aircraft | images | - | a photo of a {}, a type of aircraft.
+food101         | food-101 | images | Food101 | a photo of {}, a type of food.
+oxford_flowers  | oxford_flowers | jpg | OxfordFlowers | a photo of a {}, a type of flower.
+oxford_pets     | oxford_pets | images | OxfordPets | a photo of a {}, a type of pet.
+stanford_cars   | stanford_cars | - | StanfordCars | a photo of a {}.
+sun397          | sun397 | SUN397 | SUN397 | a photo of a {}.
+ucf101          | ucf101 | UCF-101-midframes | UCF101 | a photo of a person doing {}.
+imagenetv2      | imagenetv2 | imagenetv2-matched-frequency-format-val | - | a photo of a {}.
+imagenet_sketch | imagenet-sketch | images | - | a photo of a {}.
+imagenet_a      | imagenet-adversarial | imagenet-a | - | a photo of a {}.
+imagenet_r      | imagenet-rendition | imagenet-r | - | a photo of a {}.
+"""
+BENCHMARKS = {
+    name: Benchmark(*(cell.strip("-") for cell in cells))
+    for name, *cells in (re.split(r" *\| ", row) for row in TABLE.strip().splitlines())
+}
 SEVEN = [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # CoOp's ensemble
 IMAGES = tuple(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
-TYPE, SATELLITE = "a photo of a {}, a type of %s.", "a centered satellite photo of {}."
-FOOD, ACTION = "a photo of {}, a type of food.", "a photo of a person doing {}."
-BENCHMARKS = {
-    "imagenet": Benchmark("imagenet", "images"),
-    "caltech101": Benchmark("caltech-101", "101_ObjectCategories", "Caltech101"),
-    "dtd": Benchmark("dtd", "images", "DescribableTextures", "{} texture."),
-    "eurosat": Benchmark("eurosat", "2750", "EuroSAT", SATELLITE),
-    "fgvc_aircraft": Benchmark("fgvc_aircraft", "images", "", TYPE % "aircraft"),
-    "food101": Benchmark("food-101", "images", "Food101", FOOD),
-    "oxford_flowers": Benchmark("oxford_flowers", "jpg", "OxfordFlowers", TYPE % "flower"),
-    "oxford_pets": Benchmark("oxford_pets", "images", "OxfordPets", TYPE % "pet"),
-    "stanford_cars": Benchmark("stanford_cars", "", "StanfordCars"),
-    "sun397": Benchmark("sun397", "SUN397", "SUN397"),
-    "ucf101": Benchmark("ucf101", "UCF-101-midframes", "UCF101", ACTION),
-    "imagenetv2": Benchmark("imagenetv2", "imagenetv2-matched-frequency-format-val"),
-    "imagenet_sketch": Benchmark("imagenet-sketch", "images"),
-    "imagenet_a": Benchmark("imagenet-adversarial", "imagenet-a"),
-    "imagenet_r": Benchmark("imagenet-rendition", "imagenet-r"),
-}
 
 
 class Dataset(NamedTuple):
@@ -561,7 +554,8 @@ class Dataset(NamedTuple):
     classnames: list
     template: str = "a photo of a {}."
     crop: tuple = (0.08, 1.0)  # share of the area that an augmented image shows
-    new: "Dataset | None" = None  # with --classes base, the other half of the classes
+    half: str = "all"  # of the classes: "base" or "new"
+    new: "Dataset | None" = None  # with --classes base, the other half
     transfer: tuple = ()  # the Datasets of --transfer
 
 
@@ -586,7 +580,7 @@ def few_shot(cfg, data=None):
 def describe(data):
     """Prints one line that says what was read, and one for class names that CLIP cannot read."""
     synthetic = " (synthetic)" if data.name in SYNTHETIC else ""
-    names = textwrap.shorten(", ".join(data.classnames), 50, placeholder=" ...")
+    names = shorten(", ".join(data.classnames), 50, placeholder=" ...")
     counts = f"{len(data.train)} training and {len(data.test)} test images"
     print(f"{data.name}{synthetic}: {len(data.classnames)} classes ({names}), {counts}", flush=True)
     wordless = [c for c in data.classnames if not any(map(str.isalpha, c))]
@@ -674,10 +668,10 @@ def from_wordnet_folders(name, images):
         titles = {key: titles[key] for key in sorted(keys)}
     train, test = ("train", "val") if name == "imagenet" else (None, ".")
     present = {path.name for path in class_folders(images / test)}
-    for key, title in titles.items():
-        if key not in present:
-            lack = f"has {len(present)} of {len(titles)} class folders, and no {key} ({title})"
-            raise Error(f"{name}: {images / test} {lack}")
+    missing = [key for key in titles if key not in present]
+    if missing:
+        first = f"{missing[0]} ({titles[missing[0]]})"
+        raise Error(f"{images / test}: {len(missing)} of {len(titles)} classes missing, as {first}")
     return from_class_folders(name, images, train, test, titles)
 
 
@@ -699,8 +693,7 @@ def from_own_folder(name):
     for group in by_class(data.test):
         random.Random(0).shuffle(group)
         most = round(0.7 * len(group))
-        train += group[:most]
-        test += group[most:]
+        train, test = train + group[:most], test + group[most:]
     return checked(name, train, test, data.classnames)
 
 
@@ -708,19 +701,19 @@ def from_class_folders(name, folder, train="train", test="test", titles=None):
     """Class folders of images in two subfolders; train may be None. titles: {class folder: class
     name}, in order; by default the folders' names, sorted. Files are sorted: the official listing
     is not, so its few-shot split depends on the file system (datasets/imagenet.py:84)."""
-    parts = [folder / part if part else None for part in (train, test)]
     if titles is None:
-        found = {path.name for part in filter(None, parts) for path in class_folders(part)}
-        titles = {key: key for key in sorted(found)}
-    lists = []
-    for part in parts:
-        items = []
-        for label, key in enumerate(titles):
-            inside = listed(part / key) if part else []
-            images = [file for file in inside if file.suffix.lower() in IMAGES]
-            items += [(str(file), label, titles[key]) for file in images]
-        lists.append(items)
-    return checked(name, *lists, [*titles.values()])
+        found = class_folders(folder / test) + (class_folders(folder / train) if train else [])
+        titles = {key: key for key in sorted({path.name for path in found})}
+    train, test = (
+        [
+            (str(file), label, titles[key])
+            for label, key in enumerate(titles)
+            for file in (listed(folder / part / key) if part else ())
+            if file.suffix.lower() in IMAGES
+        ]
+        for part in (train, test)
+    )
+    return checked(name, train, test, [*titles.values()])
 
 
 def class_folders(folder):
@@ -742,11 +735,10 @@ def checked(name, train, test, classnames):
     if len(classnames) < 2:
         raise Error(f"{name}: at least two classes are needed; found {classnames}")
     for kind, items in ("training", train or test), ("test", test):
-        present = {label for _, label, _ in items}
-        for label, c in enumerate(classnames):
-            if label not in present:
-                need = "each class needs at least 2, for training and test"
-                raise Error(f"{name}: no {kind} images for class {c!r}; {need}")
+        missing = set(range(len(classnames))) - {label for _, label, _ in items}
+        if missing:
+            c = classnames[min(missing)]
+            raise Error(f"{name}: no {kind} images for class {c!r}; each class needs at least 2")
     return Dataset(name, train, test, classnames)
 
 
@@ -773,13 +765,13 @@ def subset_classes(dataset, half):
     """The "base" (first, larger) or "new" half of the classes, relabelled from 0. Official:
     datasets/oxford_pets.py, subsample_classes."""
     K = len(dataset.classnames)
-    kept = range(math.ceil(K / 2)) if half == "base" else range(math.ceil(K / 2), K)
+    first, end = (0, math.ceil(K / 2)) if half == "base" else (math.ceil(K / 2), K)
     train, test = (
-        [(image, y - kept.start, c) for image, y, c in items if y in kept]
+        [(image, y - first, c) for image, y, c in items if first <= y < end]
         for items in (dataset.train, dataset.test)
     )
-    classnames = dataset.classnames[kept.start : kept.stop]
-    return dataset._replace(train=train, test=test, classnames=classnames)
+    classnames = dataset.classnames[first:end]
+    return dataset._replace(train=train, test=test, classnames=classnames, half=half)
 
 
 # -------------------------------------------------------------------------------- 5 Images
@@ -799,7 +791,7 @@ def decode(path):
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except Exception as problem:  # PIL raises many kinds
-        raise Error(f"cannot read image {path}: {brief(problem)}") from None
+        raise Error(f"cannot read image {path}: {shorten(str(problem), 200)}") from None
 
 
 def preprocess(image, side):
@@ -826,9 +818,9 @@ def augment(image, side, crop, numbers):
     else:  # of a very long image the centre
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    cropped = vision.resized_crop(image, top, left, h, w, [side, side], BICUBIC)
-    cropped = vision.pil_to_tensor(cropped)
-    return cropped.flip(-1) if numbers.random() < 0.5 else cropped
+    image = vision.resized_crop(image, top, left, h, w, [side, side], BICUBIC)
+    image = vision.pil_to_tensor(image)
+    return image.flip(-1) if numbers.random() < 0.5 else image
 
 
 def normalize(clip, images):
@@ -850,8 +842,7 @@ def prefetch(workers, function, batches):
             pending.append(pool.map(function, batch))
             if len(pending) > PREFETCH:
                 yield list(pending.popleft())
-        while pending:
-            yield list(pending.popleft())
+        yield from map(list, pending)
 
 
 class Loader:
@@ -859,12 +850,12 @@ class Loader:
     augmented image depends on (seed, epoch, image) alone, the order on (seed, epoch), so that an
     epoch repeats itself after a kill."""
 
-    def __init__(self, cfg, clip, data, crops=None):
-        """crops: the crop of each image; by default data.crop. Raises Error."""
+    def __init__(self, cfg, clip, data):
+        """Raises Error if there are no training images."""
         if not data.train:
             raise Error(f"{data.name} has no training images; it is a set for --transfer")
         self.cfg, self.clip, self.data = cfg, clip, data
-        self.crops = crops or [data.crop] * len(data.train)
+        self.crops = [data.crop] * len(data.train)  # of each image
         self.cache, self.room = {}, CACHE_BYTES
         self.labels = torch.tensor([label for _, label, _ in data.train])
 
@@ -873,8 +864,8 @@ class Loader:
         last batch that is not full is dropped, unless it is the only one."""
         generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, epoch))
         order = torch.randperm(len(self.labels), generator=generator)
-        batches = [batch.tolist() for batch in order.split(self.cfg.batch_size)]
-        return [batch for batch in batches if len(batch) == len(batches[0])]
+        B, n = self.cfg.batch_size, len(order)
+        return [batch.tolist() for batch in order[: n - n % B or n].split(B)]
 
     def epoch(self, epoch):
         """Yields images (B, 3, side, side) and labels (B,), on the device."""
@@ -928,15 +919,15 @@ class Optimizer:
             group["lr"] = group["top"] * cosine if k >= 0 else 1e-5
 
     def step(self, loss):
-        """Backward and one step of SGD. Raises Error if at first no gradient reaches a learnable."""
+        """Backward and one step of SGD. Raises Error if the first gradients are all zero."""
         self.losses.append(loss.detach())
         self.sgd.zero_grad()
         self.scaler.scale(loss).backward()
-        if not self.learns:  # the first step, so the GPU is waited for once
+        if not self.learns:  # in the first step; later ones do not wait for the GPU
             found = [p.grad for group in self.sgd.param_groups for p in group["params"]]
             self.learns = any(grad is not None and grad.any() for grad in found)
-            if not self.learns:
-                raise Error("these options leave nothing to learn: all gradients are zero")
+        if not self.learns:
+            raise Error("these options leave nothing to learn: all gradients are zero")
         self.scaler.unscale_(self.sgd)
         self.scaler.step(self.sgd)
         self.scaler.update()
@@ -958,10 +949,9 @@ def resumed(cfg, clip, data, prompt, optimizer):
     loaded into prompt, and no epoch remains. data: the Dataset, or a list of them. Raises Error
     where the checkpoint is of another run than cfg, clip, data and the code make now."""
     path, sets = run_folder(cfg) / "checkpoint.pt", data if isinstance(data, list) else [data]
-    run, epochs = identity(cfg, clip, sets, optimizer.epochs), optimizer.epochs
-    trained = provenance(cfg, clip) | {"seconds": 0.0, "losses": []}
-    trained["n_train"] = sum(len(d.train) for d in sets)
-    first = 0
+    epochs, first, n_train = optimizer.epochs, 0, sum(len(d.train) for d in sets)
+    run = identity(cfg, clip, sets, epochs)
+    trained = provenance(cfg, clip) | {"n_train": n_train, "seconds": 0.0, "losses": []}
     if cfg.force:
         path.unlink(missing_ok=True)
         shutil.rmtree(path.parent / "results", ignore_errors=True)
@@ -974,8 +964,9 @@ def resumed(cfg, clip, data, prompt, optimizer):
         torch.manual_seed(seed_of(cfg.seed, epoch, -1))
         start = time.time()
         yield epoch
-        trained["losses"].append(optimizer.end_epoch())
-        bar.set_postfix(loss=trained["losses"][-1])
+        loss = optimizer.end_epoch()
+        bar.set_postfix(loss=loss)
+        trained["losses"].append(loss)
         trained["seconds"] += time.time() - start
         trained["peak_gpu_mb"] = torch.cuda.max_memory_allocated(clip.device) / 2**20
         state = {"run": run, "trained": trained, "epoch": epoch + 1, "config": vars(cfg)}
@@ -992,7 +983,9 @@ def identity(cfg, clip, sets, epochs):
         **{f"--{name}": value for name, value in vars(cfg).items() if name not in NOT_LEARNED},
         "number of epochs": epochs,
         "CLIP": clip.fingerprint,
-        "training images": digest([item for d in sets for item in d.train]),
+        "training images": sha256(
+            [(sha256(Path(path).read_bytes()), y, c) for d in sets for path, y, c in d.train]
+        ),
         "class names": {d.name: d.classnames for d in sets},
         "templates": {d.name: d.template for d in sets},
     }
@@ -1000,11 +993,7 @@ def identity(cfg, clip, sets, epochs):
 
 def provenance(cfg, clip):
     """What else a number may depend on: the code and the machine."""
-    commit, modified, source = code_of(source_file(cfg))
-    return {
-        "commit": commit,
-        "modified": modified,
-        "source": source,
+    return code_of(source_file(cfg)) | {
         "precision": clip.precision,
         "device": clip.device.type,
         "torch": str(torch.__version__),
@@ -1014,33 +1003,25 @@ def provenance(cfg, clip):
 
 @functools.cache
 def code_of(file):
-    """(commit, whether the files differ from it, their hash) of a method's file and common.py; in a
-    notebook without a hash. Read once, before the training, during which the files may change."""
-    names = [str(path.resolve()) for path in (file, Path(__file__)) if path]
-    content = b"".join(Path(name).read_bytes() for name in names)
-    git = functools.partial(subprocess.run, capture_output=True, cwd=Path(__file__).parent)
+    """The commit, whether a method's file or common.py differs from it, and the hash of the two, ""
+    in a notebook. Read once, before the training, because the files may change during it."""
+    paths = [path.resolve() for path in (file, Path(__file__)) if path]
+    git = functools.partial(subprocess.run, capture_output=True, cwd=paths[-1].parent)
     try:
         commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.decode().strip()
-        modified = bool(git(["git", "status", "--short", "--", *names]).stdout)
+        modified = bool(git(["git", "status", "--short", "--", *paths]).stdout)
     except OSError:  # no git
         commit, modified = "", False
-    return commit, modified, hashlib.sha256(content).hexdigest()[:16] if file else ""
-
-
-def digest(items):
-    """Hash of the items' images (of every byte), labels and class names, in order."""
-    total = hashlib.sha256()
-    for path, *label in items:
-        content = Path(path).read_bytes()
-        total.update(f"{len(content)} {label}".encode() + content)
-    return total.hexdigest()[:32]
+    source = sha256([path.read_bytes() for path in paths])[:16] if file else ""
+    return {"commit": commit, "modified": modified, "source": source}
 
 
 def read_checkpoint(path):
     """The contents of a checkpoint. Raises Error."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {"run": state["run"], **state}
+        assert state["run"]  # which an earlier version lacks
+        return state
     except Exception:  # torch raises many kinds
         raise Error(f"{path} is damaged or of an earlier version; --force retrains") from None
 
@@ -1057,7 +1038,7 @@ def load_checkpoint(path, run, now, prompt, optimizer):
         raise Error(f"{folder} was trained with a different {', '.join(changed)}; --force retrains")
     if trained["source"] != now["source"]:
         earlier = f"an earlier {run['method']}.py or common.py at commit {trained['commit']}"
-        print(f"{folder} was trained by {earlier}; --force retrains", flush=True)
+        print(f"{folder} was trained by {earlier}; --force retrains")
     prompt.load_state_dict(state["prompt"])
     optimizer.sgd.load_state_dict(state["sgd"])
     optimizer.scaler.load_state_dict(state["scaler"])
@@ -1067,18 +1048,17 @@ def load_checkpoint(path, run, now, prompt, optimizer):
 # ---------------------------------------------------------------------------- 7 Evaluation
 
 
-def targets_of(cfg, data):
-    """[(Dataset, which half of its classes)] of all that cfg asks to evaluate on."""
+def targets_of(data):
+    """All Datasets to evaluate on: data or, of several tasks, a list; new halves; --transfer."""
     sets = data if isinstance(data, list) else [data]
-    new = [(d.new, "new") for d in sets if d.new]
-    return [(d, cfg.classes) for d in sets] + new + [(d, "all") for d in sets[0].transfer]
+    return [*sets, *(d.new for d in sets if d.new), *sets[0].transfer]
 
 
 @torch.no_grad()
-def check_targets(cfg, data, classifier):
+def check_targets(data, classifier):
     """Makes each classifier that evaluate() will use, so that what it refuses, a class name that is
     too long or contexts of other classes, is refused before the training. Raises Error."""
-    for target, _ in targets_of(cfg, data):
+    for target in targets_of(data):
         classifier(target)
 
 
@@ -1096,13 +1076,13 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
     if path.exists():
         trained = read_checkpoint(path)["trained"]
     scores = []
-    for target, half in targets_of(cfg, data):
+    for target in targets_of(data):
         row = measured(cfg, clip, target, classifier)
         kind = "mean_class_" if target.name in per_class else ""
         scores.append([row[kind + "accuracy"], row[kind + "zero_shot"]])
         both = "{:.2f} (zero-shot {:.2f})".format(*scores[-1])
-        print(f"  {target.name}, {half} classes: {both}", flush=True)  # writing it may fail
-        record(cfg, clip, target, half, row, trained)
+        print(f"  {target.name}, {target.half} classes: {both}")  # before it is written
+        record(cfg, clip, target, row, trained)
     own = np.mean(scores[: len(sets)], 0)  # ours, zero-shot CLIP's
     result = "{:.2f} (zero-shot {:.2f})".format(*own)
     if cfg.classes == "base":
@@ -1113,9 +1093,8 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
     by_class = ", ".join(d.name for d in sets if d.name in per_class)
     if by_class:
         result += f" [mean over classes: {by_class}]"
-    print(f"in {path.parent}")
-    seconds = f"{trained['seconds']:.0f} s"
-    print(f"{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}, {seconds}")
+    result += f", {trained['seconds']:.0f} s"
+    print(f"in {path.parent}\n{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}")
     return float(own[0])
 
 
@@ -1124,40 +1103,37 @@ def measured(cfg, clip, target, classifier):
     """Accuracies in percent, over images and over classes, of a classifier and zero-shot CLIP."""
     predict, w = classifier(target), zero_shot_weights(clip, target)[:, 0]
     batches = [target.test[i : i + TEST_BATCH] for i in range(0, len(target.test), TEST_BATCH)]
-    side, found = clip.image_size, {"accuracy": [], "zero_shot": []}
+    side, found = clip.image_size, []
     ready = prefetch(cfg.workers, lambda item: preprocess(decode(item[0]), side), batches)
     for batch in tqdm(ready, "test images", len(batches), leave=False):
         x = normalize(clip, batch)
         f = unit_features(clip, x)
         logits = predict(x, f) if callable(predict) else f @ predict.T
-        found["accuracy"].append(logits.argmax(1))
-        found["zero_shot"].append((f @ w.T).argmax(1))
+        found.append(torch.stack([logits.argmax(1), (f @ w.T).argmax(1)]))
     y = torch.tensor([label for _, label, _ in target.test])
-    row = {"n_test": len(y)}
-    for name, predicted in found.items():
-        right = 100 * (torch.cat(predicted).cpu() == y).double()
-        row[name] = right.mean().item()
-        row["mean_class_" + name] = (y.bincount(right) / y.bincount()).nanmean().item()
-    return row
+    right = 100 * (torch.cat(found, 1).cpu() == y).double()  # (2, n): ours, zero-shot CLIP's
+    by_class = torch.stack([y.bincount(row) for row in right]) / y.bincount()
+    names = "accuracy", "zero_shot", "mean_class_accuracy", "mean_class_zero_shot"
+    values = [*right.mean(1).tolist(), *by_class.nanmean(1).tolist()]
+    return {"n_test": len(y), **dict(zip(names, values, strict=True))}
 
 
-def record(cfg, clip, target, half, row, trained):
+def record(cfg, clip, target, row, trained):
     """Writes a result to its own JSON file: `trained` holds the facts of the training, `evaluated`
     those of this process."""
     row = {
         "method": method(cfg),
         "config": vars(cfg),
         "evaluated_on": target.name,
-        "classes": half,
+        "classes": target.half,
         **row,
         "n_train": trained["n_train"],
         "activation": clip.activation,
         "trained": trained,
         "evaluated": provenance(cfg, clip) | {"time": time.ctime()},
     }
-    suffix = "" if half == "all" else f"-{half}"
-    path = run_folder(cfg) / "results" / f"{file_name(target.name)}{suffix}.json"
-    write(path, json.dumps(row, indent=1).encode())
+    name = file_name(target.name) + f"-{target.half}".replace("-all", "") + ".json"
+    write(run_folder(cfg) / "results" / name, json.dumps(row, indent=1).encode())
 
 
 @dataclasses.dataclass

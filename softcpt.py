@@ -259,7 +259,8 @@ def train(cfg, clip, tasks, prompt):
     """Learns U, V and W on all tasks at once."""
     union, repeats = tasks.union(), repeats_of(cfg, clip, prompt)
     optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or 50)
-    images = common.Loader(cfg, clip, union, [d.crop for d in tasks.sets for _ in d.train])
+    images = common.Loader(cfg, clip, union)
+    images.crops = [d.crop for d in tasks.sets for _ in d.train]
     words = words_of(cfg, clip, union.classnames, tasks.titles, tasks.column_task)
     rate = cfg.class_rate or (0.1 if cfg.dataset == "general10" else 1)
 
@@ -305,7 +306,7 @@ def main(cfg):
     clip = common.load_clip(cfg)
     prompt = learnables(cfg, clip, data)
     ours = partial(classifier, cfg, clip, prompt, data)
-    common.check_targets(cfg, data.sets, ours)
+    common.check_targets(data.sets, ours)
     train(cfg, clip, data, prompt)
     per_class = PER_CLASS + [d.name for d in data.sets if "fashion20" in d.name]
     return common.evaluate(cfg, clip, data.sets, ours, per_class)

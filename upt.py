@@ -157,7 +157,7 @@ def main(cfg):
     clip = common.load_clip(cfg)
     prompt = learnables(cfg, clip, data)
     ours = partial(classifier, cfg, clip, prompt, data)
-    common.check_targets(cfg, data, ours)
+    common.check_targets(data, ours)
     train(cfg, clip, data, prompt)
     return common.evaluate(cfg, clip, data, ours)
 
