@@ -1,8 +1,7 @@
 """The optimiser and its schedule, by hand and against Dassl's figures."""
 
-import contextlib
 import math
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +10,15 @@ import common
 import coop
 from tests.conftest import toy
 
-FP32 = types.SimpleNamespace(
-    device=torch.device("cpu"), half=None
-)  # what an Optimizer asks of a Clip
+
+def optimizer_of(groups, epochs, lr=0.1, half=None):
+    """An Optimizer on the CPU; half: as of a Clip."""
+    clip = SimpleNamespace(device=torch.device("cpu"), half=half)
+    return common.Optimizer(common.Config(lr=lr), clip, groups, epochs)
 
 
-def optimizer_of(groups, epochs, lr=0.1, **more):
-    return common.Optimizer(common.Config(lr=lr), FP32, groups, epochs, **more)
+def learnable(*values):
+    return torch.nn.Parameter(torch.tensor(values))
 
 
 @pytest.mark.parametrize(
@@ -32,14 +33,14 @@ def optimizer_of(groups, epochs, lr=0.1, **more):
     ],
 )
 def test_the_schedule_is_dassls(lr, warmup, E, values):
-    p, q = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    p, q = learnable(0.0), learnable(0.0)
     optimizer = optimizer_of([{"params": [p], "lr": lr, "warmup": warmup}, {"params": [q]}], E, 0.5)
     for k in range(E):
         found, usual = (group["lr"] for group in optimizer.sgd.param_groups)
         cosine = 0.5 * lr * (1 + math.cos(math.pi * (k - warmup) / E))
         assert found == pytest.approx(cosine if k >= warmup else 1e-5, abs=1e-9)
         assert found == pytest.approx(values.get(k, found), rel=2e-5)
-        assert k != 1 or usual == 0.5  # a group of its own: lr of the config, one epoch's warm-up
+        assert k != 1 or usual == 0.5  # --lr, one epoch of warm-up
         optimizer.step((p + q).sum())
         optimizer.end_epoch()
 
@@ -56,51 +57,35 @@ def test_two_steps_are_sgd_with_momentum_and_weight_decay():
         assert p.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_repeated_steps_take_the_same_gradient_and_as_many_steps_of_the_schedule():
-    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in "ab")
-    thrice, once = optimizer_of([p], 20, repeat=3), optimizer_of([q], 20)
-    thrice.step(p.square().sum())
-    gradient = 2 * q.detach()
-    for _ in range(3):
-        once.step((q * gradient).sum())
-    assert torch.allclose(p, q) and len(thrice.losses) == 1
-    thrice.end_epoch()
-    for _ in range(3):
-        once.losses.append(torch.zeros(()))
-        once.end_epoch()
-    assert thrice.sgd.param_groups[0]["lr"] == once.sgd.param_groups[0]["lr"] != 1e-5
-
-
-def test_repeated_steps_are_refused_where_the_loss_is_scaled():
-    p = torch.nn.Parameter(torch.zeros(1))
-    for half, scaled in (None, False), (torch.bfloat16, False), (torch.float16, True):
-        clip = types.SimpleNamespace(device=torch.device("cpu"), half=half)
-        with pytest.raises(common.Error, match="fp32") if scaled else contextlib.nullcontext():
-            common.Optimizer(common.Config(), clip, [p], 2, repeat=3)
-
-
 def test_an_epoch_ends_with_its_mean_loss_and_an_empty_list():
-    p = torch.nn.Parameter(torch.zeros(1))
-    optimizer = optimizer_of([p], 3)
+    p = learnable(1.0)
+    optimizer = optimizer_of([{"params": [p], "lr": 0.0, "warmup": 0}], 3)
     for value in 1.0, 3.0:
-        optimizer.step(0 * p.sum() + value)
+        optimizer.step(value * p.sum())
     assert optimizer.end_epoch() == 2
-    optimizer.step(0 * p.sum() + 7)
+    optimizer.step(7 * p.sum())
     assert optimizer.end_epoch() == 7
 
 
+def test_a_first_step_without_a_gradient_is_an_error():
+    p, q = learnable(1.0), learnable(1.0)
+    for loss in 0 * p.sum(), learnable(1.0).sum():  # a zero gradient, and none
+        with pytest.raises(common.Error, match="nothing to learn"):
+            optimizer_of([p, q], 2).step(loss)
+    optimizer = optimizer_of([p, q], 2)
+    optimizer.step(q.sum())  # one learnable is enough
+    optimizer.step(0 * p.sum())  # as is the first step
+
+
 def test_the_loss_is_scaled_in_fp16_alone():
-    p = torch.nn.Parameter(torch.zeros(1))
-    for half, scaled in (None, False), (torch.bfloat16, False), (torch.float16, True):
-        clip = types.SimpleNamespace(device=torch.device("cpu"), half=half)
-        optimizer = common.Optimizer(common.Config(), clip, [p], 2)
-        assert optimizer.scaler.is_enabled() == scaled
+    for half in None, torch.bfloat16, torch.float16:
+        optimizer = optimizer_of([learnable(0.0)], 2, half=half)
+        assert optimizer.scaler.is_enabled() == (half is torch.float16)
 
 
 def test_a_gradient_that_overflows_in_fp16_is_skipped_and_lowers_the_scale():
-    p = torch.nn.Parameter(torch.ones(1))
-    clip = types.SimpleNamespace(device=torch.device("cpu"), half=torch.float16)
-    optimizer = common.Optimizer(common.Config(), clip, [p], 2)
+    p = learnable(1.0)
+    optimizer = optimizer_of([p], 2, half=torch.float16)
     before = optimizer.scaler.get_scale()
     optimizer.step((p * 1e34).sum())
     assert p.item() == 1 and optimizer.scaler.get_scale() == before / 2
@@ -110,9 +95,8 @@ def test_a_gradient_that_overflows_in_fp16_is_skipped_and_lowers_the_scale():
 
 
 def test_gradients_that_overflow_even_unscaled_end_training_though_the_loss_is_finite():
-    p = torch.nn.Parameter(torch.ones(1))
-    clip = types.SimpleNamespace(device=torch.device("cpu"), half=torch.float16)
-    optimizer = common.Optimizer(common.Config(), clip, [p], 2)
+    p = learnable(1.0)
+    optimizer = optimizer_of([p], 2, half=torch.float16)
     for _ in range(20):
         optimizer.step((p - 1).sqrt().sum())  # 0, and its gradient infinite
     assert p.item() == 1
@@ -121,13 +105,15 @@ def test_gradients_that_overflow_even_unscaled_end_training_though_the_loss_is_f
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_good_epoch(clip, bad, tmp_path):
+def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_last_checkpoint(
+    clip, bad, tmp_path
+):
     cfg, prompt = coop.Config(out=str(tmp_path)), torch.nn.Linear(1, 1)
     optimizer = optimizer_of(prompt.parameters(), 3)
     with pytest.raises(common.Error, match=f"{bad}.*--lr"):
         for epoch in common.resumed(cfg, clip, toy(), prompt, optimizer):
             good = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
             optimizer.step(prompt(torch.ones(1)).sum() * (bad if epoch else 1.0))
-    state = torch.load(common.run_folder(cfg) / "checkpoint.pt", weights_only=True)
+    state = common.read_checkpoint(common.run_folder(cfg) / "checkpoint.pt")
     assert state["epoch"] == 1
     assert all(torch.equal(state["prompt"][name], tensor) for name, tensor in good.items())
