@@ -1,14 +1,15 @@
-"""A GPU that is not there: numbers of the CPU under the name of another device.
+"""An emulated GPU: the CPU's numbers under the name of another device, and every request counted.
 
     with Emulated() as gpu:
         model, x = model.to("nogpu"), x.to("nogpu")
         step(model, x)  # the first step makes what later steps find
-        gpu.reset()
+        gpu.take()
         step(model, x)
-    gpu.launches  # Counter by operator: the kernels that the host asks for
-    gpu.waits  # Counter by operator: where the host needs a value or a size from the device
-    gpu.copies  # Counter of "to device" and "to host"
-    gpu.places  # Counter of "file:line code", the line of our own code behind each wait
+        counts = gpu.take()  # of what was asked since the take() before
+    counts.launches  # Counter by operator: the kernels that the host asks for
+    counts.waits  # Counter by operator: GPU synchronisations, for a value or a size
+    counts.copies  # Counter of "to device" and "to host"
+    counts.places  # Counter of "file:line code", the line of our own code behind each wait
 
 Mixing devices raises as CUDA does. Tensors of the device are for this block and its thread; code
 that backward() calls, such as a hook, may use them but not move others with `.to("nogpu")`.
@@ -21,8 +22,9 @@ calls PyTorch, for what would go past `Operators`.
 What it cannot show: time, memory, the numbers of CUDA's own kernels, its random numbers (a
 generator is always the CPU's and refused), a second device or stream, autocast (allowed, without
 effect), and what happens inside an operator: several kernels count as one, and the waits of linear
-algebra not at all. A copy to the host waits, even from pinned memory. With torch 2.5 it counts a
-wait for `x[mask] = 0.0`, where CUDA has none. In the block the device "meta" is this one as well.
+algebra not at all. What our code does not use is missing: inference mode, pinned memory,
+torch.load() to the device, a list of numbers as an index. A copy to the host waits. In the block
+the device "meta" is this one as well.
 """
 
 import contextlib
@@ -33,57 +35,57 @@ import traceback
 import types
 from collections import Counter
 from pathlib import Path
-from unittest import mock
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.optim.optimizer import _foreach_supported_types
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
-MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
+MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 NO_KERNEL = MEMORY | {"_unsafe_view", "lift_fresh", "_local_scalar_dense"}  # besides the views
 LIBRARIES = (sysconfig.get_path("stdlib"), str(Path(torch.__file__).parents[1]), __file__)
 
-# torch.device() reads no name that is not registered. Autograd asks a device for its streams, in
-# C++, where a registered name has no answer; "meta" is a device that needs none. Therefore C++ is
-# told "meta" where Python is told "nogpu".
-torch.utils.rename_privateuse1_backend("nogpu")
-torch._register_device_module(
-    "nogpu",
-    types.SimpleNamespace(
+# Autograd asks a device for its streams, in C++, where a name of our own has no answer; "meta" is a
+# device that needs none. Therefore C++ is told "meta" where Python is told "nogpu".
+CPP_DEVICE = torch.device("meta")
+
+
+@functools.cache
+def device():
+    """The device. torch.device() reads no name that is not registered, which lasts for the whole
+    process; so it is registered when it is first used."""
+    torch.utils.rename_privateuse1_backend("nogpu")
+    module = types.SimpleNamespace(
         is_available=lambda: False,  # for torch.accelerator, which would ask for streams
         get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
         manual_seed_all=lambda seed: None,  # random numbers are the CPU's, seeded as always
         _is_in_bad_fork=lambda: False,
-    ),
-)
-DEVICE = torch.device("nogpu", 0)
-CPP_DEVICE = torch.device("meta")
+    )
+    torch._register_device_module("nogpu", module)
+    return torch.device("nogpu", 0)
 
 
-def is_ours(device):
+def is_ours(value):
     names = ("nogpu", "nogpu:0", "meta")
-    return isinstance(device, str | torch.device) and str(device) in names
+    return isinstance(value, str | torch.device) and str(value) in names
 
 
 class DeviceTensor(torch.Tensor):
     """A tensor on the device. Its numbers are those of host, a tensor of the CPU."""
 
-    device = DEVICE
+    device = property(lambda self: device())
     is_meta = False
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, host):
         layout = {"strides": host.stride(), "storage_offset": host.storage_offset()}
-        with torch.inference_mode(False):  # views of tensors made before inference mode need it
-            tensor = torch.Tensor._make_wrapper_subclass(
-                cls, host.shape, dtype=host.dtype, device=CPP_DEVICE, **layout
-            )
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, host.shape, dtype=host.dtype, device=CPP_DEVICE, **layout
+        )
         tensor.host = host
         return tensor
 
@@ -91,21 +93,8 @@ class DeviceTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} on a tensor of the emulated device, outside of Emulated()")
 
-    def __getitem__(self, key):
-        return super().__getitem__(moved_key(key))
-
-    def __setitem__(self, key, value):
-        super().__setitem__(moved_key(key), value)
-
-    def new_tensor(self, data, dtype=None, device=None, **options):
-        dtype, device = dtype or self.dtype, device or DEVICE
-        return on_host_then_moved(torch.tensor, data, dtype, device, **options)
-
     def tolist(self):
         return self.cpu().tolist()
-
-    def __str__(self):
-        return str(self.detach().cpu())
 
     def __format__(self, spec):
         return format(self.detach().cpu(), spec)
@@ -115,22 +104,6 @@ class DeviceTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol):  # torch.save writes a tensor of the CPU
         return self.detach().cpu().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo):
-        copied = self.detach().clone().requires_grad_(self.requires_grad)
-        if isinstance(self, nn.Parameter):
-            return nn.Parameter(copied, self.requires_grad)
-        return copied
-
-
-def moved_key(key):
-    """The key of x[key] after the copy to the device that a list of numbers in it needs."""
-    parts = key if isinstance(key, tuple) else (key,)
-    return tuple(torch.tensor(p).to(CPP_DEVICE) if isinstance(p, list) else p for p in parts)
-
-
-# Optimizers take the kernels for lists of tensors (foreach) for the types that they know.
-_foreach_supported_types.append(DeviceTensor)
 
 
 @functools.cache
@@ -173,18 +146,6 @@ class Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [*tensors_in((*args, *kwargs.values()))]
         on_device = any(isinstance(x, DeviceTensor) for x in tensors)
-        if torch.is_inference_mode_enabled():
-            # Compound operators are not taken apart yet: autograd, which does so, is absent.
-            kernel = self.gpu.kernels.get(name) if on_device else None
-            with self:
-                result = (kernel or func.decompose)(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-
-        if name == "is_pinned":
-            return False
-        if name == "_pin_memory" and not on_device:
-            return args[0]
         if name == "copy_":
             on_device = isinstance(args[0], DeviceTensor)
         elif kwargs.get("device") is not None:
@@ -199,27 +160,27 @@ class Operators(TorchDispatchMode):
             if needs_answer(func, args, kwargs):
                 self.gpu.wait(name)
             if name not in NO_KERNEL and not is_view(func):
-                self.gpu.launches[name] += 1
+                self.gpu.counts.launches[name] += 1
         return run(func, args, kwargs, on_device)
 
     def count_copy(self, name, source, to_device):
         """Within the device a copy is a kernel; to the host it waits for the numbers."""
-        from_device = isinstance(source, DeviceTensor)
+        from_device, counts = isinstance(source, DeviceTensor), self.gpu.counts
         if from_device and to_device:
-            self.gpu.launches[name] += 1
+            counts.launches[name] += 1
         elif to_device:
-            self.gpu.copies["to device"] += 1
+            counts.copies["to device"] += 1
         elif from_device:
-            self.gpu.copies["to host"] += 1
+            counts.copies["to host"] += 1
             self.gpu.wait("to host")
 
     def refuse_mixed(self, func, args, kwargs, tensors):
         """The host may mix in single numbers, and indices, which CUDA copies to the device."""
+        name = func.overloadpacket.__name__
         if kwargs.get("generator") is not None:
-            raise RuntimeError("Expected a 'nogpu' device type for generator but found 'cpu'")
+            refuse(name, kwargs["generator"].get_state())
         if not any(isinstance(x, DeviceTensor) for x in tensors):
             return  # zeros_like() and the like, of a tensor of the host for the device
-        name = func.overloadpacket.__name__
         written = args[0] if name.endswith("_") else None
         indices = []
         if name in INDEXING and isinstance(args[0], DeviceTensor):
@@ -229,15 +190,13 @@ class Operators(TorchDispatchMode):
                 continue
             if id(x) not in indices:
                 refuse(name, x)
-            self.gpu.copies["to device"] += 1
+            self.gpu.counts.copies["to device"] += 1
 
 
 def run(func, args, kwargs, on_device):
     """Runs func on the tensors of the host; the result is the device's if on_device."""
     if kwargs.get("device") is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    if kwargs.get("pin_memory"):
-        kwargs = kwargs | {"pin_memory": False}
     if torch.Tag.inplace_view in func.tags:  # squeeze_() changes the shape of the wrapper, too
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)
@@ -256,8 +215,8 @@ def tensors_in(values):
 
 
 def changed(kind, change, x):
-    """x with change(y) for each y of a kind in it: tree_map_only() for lists, tuples and dicts,
-    because that one takes longer than all else here."""
+    """x with change(y) for each y of a kind in it. PyTorch's tree_map_only() does the same and
+    takes longer than all else here."""
     if isinstance(x, kind):
         return change(x)
     if isinstance(x, list | tuple):
@@ -268,31 +227,16 @@ def changed(kind, change, x):
 
 
 class Requests(TorchFunctionMode):
-    """Calls of Python that name the device, or that make tensors out of Python's numbers."""
+    """Calls of Python that name the device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor):
-            return on_host_then_moved(func, *args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor) and is_ours(kwargs.get("device")):
+            # They fill memory themselves, without an operator
+            return func(*args, **kwargs | {"device": "cpu"}).to(CPP_DEVICE)
         args = [CPP_DEVICE if is_ours(x) else x for x in args]
         kwargs = {key: CPP_DEVICE if is_ours(x) else x for key, x in kwargs.items()}
         return func(*args, **kwargs)
-
-
-def on_host_then_moved(make, data, dtype=None, device=None, requires_grad=False, pin_memory=False):
-    """torch.tensor() and torch.as_tensor() fill memory themselves, without an operator."""
-    tensor = make(data, dtype=dtype)
-    if device is not None:
-        tensor = tensor.to(CPP_DEVICE if is_ours(device) else device)
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def load(*args, map_location=None, torch_load=torch.load, **options):
-    """torch.load(), which would ask the device for memory of its own."""
-    if not is_ours(map_location):
-        return torch_load(*args, map_location=map_location, **options)
-    loaded = torch_load(*args, map_location="cpu", **options)
-    return tree_map_only(torch.Tensor, lambda x: x.to(CPP_DEVICE), loaded)
 
 
 class Attention(torch.autograd.Function):
@@ -300,7 +244,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gpu, options, mask, *qkv):
-        gpu.launches["attention"] += 1
+        gpu.counts.launches["attention"] += 1
         learned = any(ctx.needs_input_grad)
         ctx.gpu = gpu
         ctx.qkv = [x.host.detach().requires_grad_(learned) for x in qkv]
@@ -311,32 +255,39 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.gpu.launches["attention backward"] += 1
+        ctx.gpu.counts.launches["attention backward"] += 1
         grads = torch.autograd.grad(ctx.out, ctx.qkv, grad.host, retain_graph=True)
         return None, None, None, *map(DeviceTensor, grads)
+
+
+class Counts(NamedTuple):
+    launches: Counter
+    waits: Counter
+    copies: Counter
+    places: Counter
 
 
 class Emulated:
     """Within this context "nogpu" is a device, and what it is asked for is counted here."""
 
     def __init__(self):
-        self.launches, self.waits, self.copies = Counter(), Counter(), Counter()
-        self.places = Counter()
-        # PyTorch makes these of many kernels on devices that it does not know; CUDA has one each.
-        self.kernels = {"scaled_dot_product_attention": self.attention, "dropout": self.dropout}
+        device()
+        self.take()
 
-    def reset(self):
-        for counter in (self.launches, self.waits, self.copies, self.places):
-            counter.clear()
+    def take(self):
+        """The Counts since the take() before."""
+        taken = getattr(self, "counts", None)
+        self.counts = Counts(Counter(), Counter(), Counter(), Counter())
+        return taken
 
     def wait(self, name):
         """Notes a wait, and the innermost line on the stack that is not a library's."""
-        self.waits[name] += 1
+        self.counts.waits[name] += 1
         for frame, line in traceback.walk_stack(None):
             file = frame.f_code.co_filename
             if not file.startswith(LIBRARIES):
                 code = linecache.getline(file, line).strip()
-                self.places[f"{Path(file).name}:{line} {code}"] += 1
+                self.counts.places[f"{Path(file).name}:{line} {code}"] += 1
                 return
 
     def attention(self, q, k, v, mask=None, dropout=0.0, causal=False, **options):
@@ -353,10 +304,10 @@ class Emulated:
     def __enter__(self):
         self.stack = contextlib.ExitStack()
         enter = self.stack.enter_context
+        # PyTorch makes these of many kernels on devices that it does not know; CUDA has one each
         library = enter(torch.library._scoped_library("aten", "IMPL"))
-        for name, kernel in self.kernels.items():
-            library.impl(name, kernel, "AutogradMeta")
-        enter(mock.patch.object(torch, "load", load))
+        library.impl("scaled_dot_product_attention", self.attention, "AutogradMeta")
+        library.impl("dropout", self.dropout, "AutogradMeta")
         enter(Operators(self))
         enter(Requests())
         return self
