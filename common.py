@@ -37,7 +37,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections import defaultdict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -126,7 +126,7 @@ def cli(cls, argv=None):
 def script(main):
     """Runs main(). Invalid input, full memory and Ctrl-C end in one line and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # Windows' consoles lack many characters
-    sys.stderr.reconfigure(errors="backslashreplace")
+
     try:
         return main()
     except (Error, OSError) as problem:
@@ -136,8 +136,10 @@ def script(main):
             raise
         line = "out of memory: lower --batch_size or use a smaller --model"
     except KeyboardInterrupt:
-        line = "interrupted; run the same command again, without --force, "
-        line += "to resume after the last complete epoch"
+        line = (
+            "interrupted; run the same command again, without --force, to resume after the last "
+            "complete epoch"
+        )
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -219,6 +221,7 @@ class Clip:
         self.scale = self.model.logit_scale.exp()
         self.device = self.scale.device
         self.d_t, self.D = model.text_projection.shape
+        self.d_v = model.visual.conv1.out_channels
         self.activation = type(model.transformer.resblocks[0].mlp.gelu).__name__
         self.image_size = int(np.max(model.visual.image_size))
         colours = torch.tensor([model.visual.image_mean, model.visual.image_std])
@@ -226,10 +229,6 @@ class Clip:
 
     def __getattr__(self, name):
         return getattr(self.model, name)
-
-    @property
-    def d_v(self):
-        return self.blocks()[0].ln_1.weight.numel()
 
     def blocks(self):
         """The image tower's transformer blocks. Raises Error for a ResNet."""
@@ -250,30 +249,24 @@ def fingerprint(model):
 
 
 def load_clip(cfg):
-    """The Clip of a Config. Raises Error for a device or model that is unavailable, and for a model
-    whose encoders differ from encode_text and encode_image."""
+    """The Clip of a Config; by default a synthetic data set's own tiny CLIP, or the method's usual
+    model. Raises Error for a device or model that is unavailable or whose encoders differ."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:
         raise Error(f"--device {device} is not available: {shorten(str(problem), 200)}") from None
-    name = model_name(cfg)
+    name = cfg.model if ":" in cfg.model else cfg.model.replace("/", "-")
+    if not name and cfg.dataset.split(",")[0] in SYNTHETIC:
+        torch.set_num_threads(1)  # so that numbers do not depend on the machine's cores and load
+        name = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}"
+    name = name or cfg.usual_model
     with torch.random.fork_rng([]):
         torch.manual_seed(0)  # random weights are the same in every process
         model, tokenize = build_model(name, cfg.pretrained), open_clip.get_tokenizer(name)
         check_encoders(name, model, tokenize)
     return Clip(model, tokenize, device, precision)
-
-
-def model_name(cfg):
-    """The name of cfg's model for open_clip. A synthetic data set has its own tiny CLIP."""
-    if cfg.model:
-        return cfg.model if ":" in cfg.model else cfg.model.replace("/", "-")
-    if cfg.dataset.split(",")[0] not in SYNTHETIC:
-        return cfg.usual_model
-    torch.set_num_threads(1)  # so that numbers do not depend on the machine's cores and load
-    return f"local-dir:{shapes.write(Path(cfg.data), 'clip')}"
 
 
 def build_model(name, pretrained):
@@ -283,7 +276,7 @@ def build_model(name, pretrained):
         if pretrained != Config.pretrained:
             raise Error(f"--pretrained {pretrained}: not read, because {name} has its own weights")
     elif name not in open_clip.list_models():
-        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 4, 0.4))
+        near = difflib.get_close_matches(name, open_clip.list_models(), 4, 0.4)
         raise Error(f"--model {name}: open_clip has no such model; similar: {near}")
     elif Path(pretrained).is_file():
         return load_weights(name, Path(pretrained))
@@ -333,10 +326,10 @@ def check_encoders(name, model, tokenize):
         clip = Clip(model, tokenize)
         image = torch.randn(1, 3, clip.image_size, clip.image_size)
         names = embed_names(clip, ["a photo"], 0)
-        text = encode_prompts(clip, names, names.sos[:, :0])
-        pairs = [(text, model.encode_text(tokenize(["a photo."])))]
-        pairs.append((encode_image(clip, image), model.encode_image(image)))
-        same = all(torch.allclose(x, y, atol=1e-4 * float(y.abs().max())) for x, y in pairs)
+        ours = encode_prompts(clip, names, names.sos[:, :0]), encode_image(clip, image)
+        theirs = model.encode_text(tokenize(["a photo."])), model.encode_image(image)
+        x, y = F.normalize(torch.cat(ours)), F.normalize(torch.cat(theirs))
+        same = torch.allclose(x, y, atol=1e-4)
     except AttributeError:
         same = False
     if not same:
@@ -366,6 +359,10 @@ def encode_text(clip, prefix, suffix, own, last, group=None):
     def unpad(x):  # (K, S, width) -> (n, width)
         return x.flatten(0, 1).index_select(0, own)
 
+    def behind(past, x):  # (G, heads, P, ...), (K, heads, S, ...) -> (K, heads, P + S, ...)
+        past = past.expand(K, -1, -1, -1) if G == 1 else past.index_select(0, group)
+        return torch.cat([past, x], 2)
+
     with clip.autocast():
         x = unpad(suffix + position[P : P + S])
         x = torch.cat([(prefix + position[:P]).flatten(0, 1), x])  # (G * P + n, d)
@@ -373,13 +370,8 @@ def encode_text(clip, prefix, suffix, own, last, group=None):
             rows = project(block, x)
             q, past_k, past_v = heads(block, rows[: G * P].unflatten(0, (G, P)))
             shared = F.scaled_dot_product_attention(q, past_k, past_v, is_causal=True)
-            if G == 1:
-                past_k, past_v = past_k.expand(K, -1, -1, -1), past_v.expand(K, -1, -1, -1)
-            else:
-                past_k, past_v = past_k.index_select(0, group), past_v.index_select(0, group)
             q, k, v = heads(block, pad(rows[G * P :]))
-            k = torch.cat([past_k, k], 2)  # (K, heads, P + S, d / heads)
-            v = torch.cat([past_v, v], 2)
+            k, v = behind(past_k, k), behind(past_v, v)
             each = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             seen = torch.cat([merge(shared).flatten(0, 1), unpad(merge(each))])
             x = residual(block, x, seen)
@@ -482,7 +474,7 @@ def embed_names(clip, names, n_ctx, template="{}."):
     # One place more than the tower has: a text that reaches it is too long
     ids = clip.tokenize(texts, clip.context_length + 1)  # (K, 78)
     if ids[:, -1].any():
-        name = names[int(ids[:, -1].argmax())][:60]
+        name = names[int(ids[:, -1].argmax())]
         raise Error(f"class name {name!r} is too long behind {n_ctx} context vectors (--n_ctx)")
     x = clip.token_embedding(to_device(ids, clip.device))
     eot = ids.argmax(1)  # [EOT] has the vocabulary's largest id
@@ -566,10 +558,9 @@ def few_shot(cfg, data=None):
     data = sample_few_shot(data or load_dataset(cfg.dataset, cfg.data), cfg.shots, cfg.seed)
     names = filter(None, map(str.strip, cfg.transfer.split(",")))
     data = data._replace(transfer=tuple(load_dataset(name, cfg.data) for name in names))
-    check_images(data.name, data.train)
-    for d in data, *data.transfer:
-        describe(d)
-        check_images(d.name, d.test)
+    show(data, data.train + data.test)
+    for target in data.transfer:
+        show(target, target.test)
     if cfg.classes == "base":
         if len(data.classnames) < 4:
             raise Error(f"--classes base: {data.name} needs at least 4 classes, 2 in each half")
@@ -577,31 +568,26 @@ def few_shot(cfg, data=None):
     return data
 
 
-def describe(data):
-    """Prints one line that says what was read, and one for class names that CLIP cannot read."""
+def show(data, used):
+    """Prints one line that says what was read, and one for class names that CLIP cannot read.
+    Raises Error if one of the items used has no image or an empty one."""
     synthetic = " (synthetic)" if data.name in SYNTHETIC else ""
     names = shorten(", ".join(data.classnames), 50, placeholder=" ...")
     counts = f"{len(data.train)} training and {len(data.test)} test images"
     print(f"{data.name}{synthetic}: {len(data.classnames)} classes ({names}), {counts}", flush=True)
-    wordless = [c for c in data.classnames if not any(map(str.isalpha, c))]
-    if wordless:
-        print(f"{data.name}: class name {wordless[0]!r} has no letter, and CLIP reads names")
-
-
-def check_images(name, items):
-    """Raises Error if the file of an image is missing or empty."""
-    bad = [path for path, *_ in items if not os.path.isfile(path) or not os.path.getsize(path)]
+    if not any(map(str.isalpha, "".join(data.classnames))):
+        print(f"{data.name}: no class name has a letter, but CLIP reads names; rename the folders")
+    bad = [path for path, *_ in used if not os.path.isfile(path) or not os.path.getsize(path)]
     if bad:
-        raise Error(f"{name}: {len(bad)} of {len(items)} images missing or empty, first: {bad[0]}")
+        raise Error(f"{data.name}: {len(bad)} images are missing or empty, the first is {bad[0]}")
 
 
 def load_dataset(name, root="data"):
     """The Dataset of a benchmark, a synthetic data set, or a folder of class folders. Only lists
     are read. Raises Error."""
-    home = BENCHMARKS[name].folder if name in BENCHMARKS else "shapes"
     if name not in BENCHMARKS and name not in SYNTHETIC:
         return from_own_folder(name)
-    if Path(name).is_dir() and Path(name) != Path(root, home):
+    if Path(name).is_dir() and Path(name) != Path(root, name):
         raise Error(f"{name} is a data set's name and a folder here; ./{name} means the folder")
     if name in BENCHMARKS:
         return from_benchmark(name, Path(root))
@@ -649,12 +635,13 @@ def from_aircraft_lists(name, folder, images):
     """variants.txt: the classes in order; images_variant_{train,test}.txt: lines as
     "1025794 707-320", an image and its variant. Official: datasets/fgvc_aircraft.py."""
     variants = (folder / "variants.txt").read_text("utf-8").splitlines()
-    parts = []
-    for part in "train", "test":
+
+    def items(part):
         lines = (folder / f"images_variant_{part}.txt").read_text("utf-8").splitlines()
         pairs = [line.split(" ", 1) for line in lines]
-        parts.append([(f"{images}/{i}.jpg", variants.index(v), v) for i, v in pairs])
-    return checked(name, *parts, variants)
+        return [(f"{images}/{i}.jpg", variants.index(v), v) for i, v in pairs]
+
+    return checked(name, items("train"), items("test"), variants)
 
 
 def from_wordnet_folders(name, images):
@@ -670,8 +657,8 @@ def from_wordnet_folders(name, images):
     present = {path.name for path in class_folders(images / test)}
     missing = [key for key in titles if key not in present]
     if missing:
-        first = f"{missing[0]} ({titles[missing[0]]})"
-        raise Error(f"{images / test}: {len(missing)} of {len(titles)} classes missing, as {first}")
+        lack = f"{len(missing)} of {len(titles)} classes, as {missing[0]} ({titles[missing[0]]})"
+        raise Error(f"{images / test} lacks {lack}")
     return from_class_folders(name, images, train, test, titles)
 
 
@@ -680,10 +667,9 @@ def from_own_folder(name):
     a fixed 70 % of each class are training images."""
     folder = Path(name)
     if not name or not folder.is_dir():
-        known = [*BENCHMARKS, *SYNTHETIC]
-        near = ", ".join(difflib.get_close_matches(name, known, 4) or known)
-        known = f"{near}; synthetic ones need tests/tools/shapes.py"
-        raise Error(f"{name!r}: neither a folder of class folders nor a data set ({known})")
+        near = difflib.get_close_matches(name, [*BENCHMARKS, *SYNTHETIC], 4) or [*BENCHMARKS]
+        lack = f"neither a folder of class folders nor a data set ({', '.join(near)}"
+        raise Error(f"{name!r}: {lack}; synthetic ones need tests/tools/shapes.py)")
     if any(map(Path.is_dir, listed(folder / "train"))):
         if not (folder / "test").is_dir():
             raise Error(f"{folder} has train/ and no test/: rename val/ to test/, or make it")
@@ -704,24 +690,24 @@ def from_class_folders(name, folder, train="train", test="test", titles=None):
     if titles is None:
         found = class_folders(folder / test) + (class_folders(folder / train) if train else [])
         titles = {key: key for key in sorted({path.name for path in found})}
-    train, test = (
-        [
-            (str(file), label, titles[key])
-            for label, key in enumerate(titles)
-            for file in (listed(folder / part / key) if part else ())
+
+    def items(part):
+        return [
+            (str(file), label, title)
+            for label, (key, title) in enumerate(titles.items())
+            for file in listed(folder / part / key)
             if file.suffix.lower() in IMAGES
         ]
-        for part in (train, test)
-    )
-    return checked(name, train, test, [*titles.values()])
+
+    return checked(name, items(train) if train else [], items(test), [*titles.values()])
 
 
 def class_folders(folder):
     """The sorted subfolders of a folder. Raises Error, which says what was found instead."""
     folders = [path for path in listed(folder) if path.is_dir()]
     if not folders:
-        found = f"{len(listed(folder)):,} files" if folder.is_dir() else "nothing"
-        raise Error(f"{folder} holds {found} and no class folders, as {folder}/<class>/*.jpg")
+        found = f"{len(listed(folder)):,} files and no class folders"
+        raise Error(f"{folder} holds {found}; needed are {folder}/<class>/*.jpg")
     return folders
 
 
@@ -744,9 +730,9 @@ def checked(name, train, test, classnames):
 
 def by_class(items):
     """Lists of the items of each class, in order of their first appearance."""
-    groups = defaultdict(list)
+    groups = {}
     for item in items:
-        groups[item[1]].append(item)
+        groups.setdefault(item[1], []).append(item)
     return list(groups.values())
 
 
@@ -764,14 +750,15 @@ def sample_few_shot(dataset, shots, seed):
 def subset_classes(dataset, half):
     """The "base" (first, larger) or "new" half of the classes, relabelled from 0. Official:
     datasets/oxford_pets.py, subsample_classes."""
-    K = len(dataset.classnames)
-    first, end = (0, math.ceil(K / 2)) if half == "base" else (math.ceil(K / 2), K)
+    names = dataset.classnames
+    middle = math.ceil(len(names) / 2)
+    names = names[:middle] if half == "base" else names[middle:]
+    first = 0 if half == "base" else middle
     train, test = (
-        [(image, y - first, c) for image, y, c in items if first <= y < end]
+        [(path, y - first, c) for path, y, c in items if 0 <= y - first < len(names)]
         for items in (dataset.train, dataset.test)
     )
-    classnames = dataset.classnames[first:end]
-    return dataset._replace(train=train, test=test, classnames=classnames, half=half)
+    return dataset._replace(train=train, test=test, classnames=names, half=half)
 
 
 # -------------------------------------------------------------------------------- 5 Images
@@ -864,8 +851,8 @@ class Loader:
         last batch that is not full is dropped, unless it is the only one."""
         generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, epoch))
         order = torch.randperm(len(self.labels), generator=generator)
-        B, n = self.cfg.batch_size, len(order)
-        return [batch.tolist() for batch in order[: n - n % B or n].split(B)]
+        batches = order.split(self.cfg.batch_size)
+        return [batch.tolist() for batch in batches if len(batch) == len(batches[0])]
 
     def epoch(self, epoch):
         """Yields images (B, 3, side, side) and labels (B,), on the device."""
@@ -951,14 +938,14 @@ def resumed(cfg, clip, data, prompt, optimizer):
     path, sets = run_folder(cfg) / "checkpoint.pt", data if isinstance(data, list) else [data]
     epochs, first, n_train = optimizer.epochs, 0, sum(len(d.train) for d in sets)
     run = identity(cfg, clip, sets, epochs)
-    trained = provenance(cfg, clip) | {"n_train": n_train, "seconds": 0.0, "losses": []}
+    trained = {"n_train": n_train, "seconds": 0.0, "losses": []}
+    trained |= provenance(source_file(cfg), clip.precision, clip.device.type)
     if cfg.force:
-        path.unlink(missing_ok=True)
-        shutil.rmtree(path.parent / "results", ignore_errors=True)
-    elif path.exists():
+        shutil.rmtree(path.parent, ignore_errors=True)
+    if path.exists():
         first, trained = load_checkpoint(path, run, trained, prompt, optimizer)
     label = f"{method(cfg)} {cfg.dataset[-30:]}"
-    bar = tqdm(range(first, epochs), label, epochs, initial=first, unit="epoch")
+    bar = tqdm(range(first, epochs), label, epochs, initial=first)
     for epoch in bar:
         # For dropout and SoftCPT's class sampling; the order has a seed of its own
         torch.manual_seed(seed_of(cfg.seed, epoch, -1))
@@ -991,29 +978,26 @@ def identity(cfg, clip, sets, epochs):
     }
 
 
-def provenance(cfg, clip):
-    """What else a number may depend on: the code and the machine."""
-    return code_of(source_file(cfg)) | {
-        "precision": clip.precision,
-        "device": clip.device.type,
+@functools.cache
+def provenance(file, precision, device):
+    """What else a number may depend on: the code, a method's file and common.py, and the machine.
+    Read once, before the training, because the files may change during it."""
+    paths = [path.resolve() for path in (file, Path(__file__)) if path]
+    command = ["git", "status", "--porcelain=v2", "--branch", "--", *paths]
+    try:
+        status = subprocess.run(command, capture_output=True, text=True, cwd=paths[-1].parent)
+        lines = status.stdout.splitlines()  # first "# branch.oid COMMIT", last modified files
+    except OSError:  # no git
+        lines = []
+    return {
+        "commit": lines[0].split()[-1][:7] if lines else "",
+        "modified": any(not line.startswith("#") for line in lines),
+        "source": sha256([path.read_bytes() for path in paths])[:16] if file else "",
+        "precision": precision,
+        "device": device,
         "torch": str(torch.__version__),
         "open_clip": open_clip.__version__,
     }
-
-
-@functools.cache
-def code_of(file):
-    """The commit, whether a method's file or common.py differs from it, and the hash of the two, ""
-    in a notebook. Read once, before the training, because the files may change during it."""
-    paths = [path.resolve() for path in (file, Path(__file__)) if path]
-    git = functools.partial(subprocess.run, capture_output=True, cwd=paths[-1].parent)
-    try:
-        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.decode().strip()
-        modified = bool(git(["git", "status", "--short", "--", *paths]).stdout)
-    except OSError:  # no git
-        commit, modified = "", False
-    source = sha256([path.read_bytes() for path in paths])[:16] if file else ""
-    return {"commit": commit, "modified": modified, "source": source}
 
 
 def read_checkpoint(path):
@@ -1069,7 +1053,7 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
     data: the Dataset trained on, or a list of them. classifier(dataset) returns unit text features
     w (K, D), where the features f (B, D) of CLIP's own image tower decide; where they do not, a
     function of normalised images (B, 3, H, W) and f that gives logits (B, K).
-    per_class: names of the data sets whose accuracy is the mean over classes.
+    per_class: names of those of data whose accuracy is the mean over classes.
     """
     sets, path = data if isinstance(data, list) else [data], run_folder(cfg) / "checkpoint.pt"
     trained = {"seconds": 0.0, "n_train": 0}  # zero-shot CLIP's
@@ -1090,9 +1074,8 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
         H = 2 * own * new / np.maximum(own + new, 1e-9)
         three = "base {:.2f}, new {:.2f}, H {:.2f}".format
         result = f"{three(own[0], new[0], H[0])} (zero-shot {three(own[1], new[1], H[1])})"
-    by_class = ", ".join(d.name for d in sets if d.name in per_class)
-    if by_class:
-        result += f" [mean over classes: {by_class}]"
+    if per_class:
+        result += f" [mean over classes: {', '.join(per_class)}]"
     result += f", {trained['seconds']:.0f} s"
     print(f"in {path.parent}\n{cfg.dataset} {cfg.shots} shots seed {cfg.seed}: {result}")
     return float(own[0])
@@ -1103,7 +1086,7 @@ def measured(cfg, clip, target, classifier):
     """Accuracies in percent, over images and over classes, of a classifier and zero-shot CLIP."""
     predict, w = classifier(target), zero_shot_weights(clip, target)[:, 0]
     batches = [target.test[i : i + TEST_BATCH] for i in range(0, len(target.test), TEST_BATCH)]
-    side, found = clip.image_size, []
+    found, side = [], clip.image_size
     ready = prefetch(cfg.workers, lambda item: preprocess(decode(item[0]), side), batches)
     for batch in tqdm(ready, "test images", len(batches), leave=False):
         x = normalize(clip, batch)
@@ -1113,9 +1096,10 @@ def measured(cfg, clip, target, classifier):
     y = torch.tensor([label for _, label, _ in target.test])
     right = 100 * (torch.cat(found, 1).cpu() == y).double()  # (2, n): ours, zero-shot CLIP's
     by_class = torch.stack([y.bincount(row) for row in right]) / y.bincount()
-    names = "accuracy", "zero_shot", "mean_class_accuracy", "mean_class_zero_shot"
-    values = [*right.mean(1).tolist(), *by_class.nanmean(1).tolist()]
-    return {"n_test": len(y), **dict(zip(names, values, strict=True))}
+    row = {"n_test": len(y)}
+    row["accuracy"], row["zero_shot"] = right.mean(1).tolist()
+    row["mean_class_accuracy"], row["mean_class_zero_shot"] = by_class.nanmean(1).tolist()
+    return row
 
 
 def record(cfg, clip, target, row, trained):
@@ -1130,7 +1114,7 @@ def record(cfg, clip, target, row, trained):
         "n_train": trained["n_train"],
         "activation": clip.activation,
         "trained": trained,
-        "evaluated": provenance(cfg, clip) | {"time": time.ctime()},
+        "evaluated": provenance(source_file(cfg), clip.precision, clip.device.type),
     }
     name = file_name(target.name) + f"-{target.half}".replace("-all", "") + ".json"
     write(run_folder(cfg) / "results" / name, json.dumps(row, indent=1).encode())

@@ -308,7 +308,8 @@ def main(cfg):
     ours = partial(classifier, cfg, clip, prompt, data)
     common.check_targets(data.sets, ours)
     train(cfg, clip, data, prompt)
-    per_class = PER_CLASS + [d.name for d in data.sets if "fashion20" in d.name]
+    names = [d.name for d in data.sets]
+    per_class = [name for name in names if name in PER_CLASS or "fashion20" in name]
     return common.evaluate(cfg, clip, data.sets, ours, per_class)
 
 
