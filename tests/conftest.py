@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import runpy
 import sys
 import tempfile
@@ -207,6 +208,16 @@ def built(embed_dim=24, quick_gelu=True, **vision):
         p += 0.02 * torch.randn_like(p)
     model.visual.image_mean, model.visual.image_std = shapes.MEAN, shapes.STD
     return common.Clip(model, open_clip.get_tokenizer("ViT-B-32"))
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
 
 
 @contextlib.contextmanager
