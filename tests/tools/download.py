@@ -124,7 +124,8 @@ def get_images(url, home, inside, temporary):
         for inner in list(unpacked.rglob("*.tar.gz")):
             unpack(inner, inner.parent)
             inner.unlink()
-        found = [path for path in unpacked.rglob(inside) if path.name == inside and path.is_dir()]
+        # Windows also finds sun397 for SUN397
+        found = [path for path in unpacked.rglob(inside) if path.name == inside]
         if not found:
             raise ValueError(f"it holds no folder {inside}")
         for entry in found[0].parent.iterdir():
@@ -140,7 +141,7 @@ def explained(url, place):
     try:
         yield
     except Exception as problem:
-        text = " ".join(str(problem).split())[:300] or type(problem).__name__
+        text = " ".join(str(problem).split())[:300].rstrip(".") or type(problem).__name__
         if place.is_file():
             raise common.Error(f"{place}: {text}; replace it") from None
         cure = f"run the command again, or put the file at {place}"
