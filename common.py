@@ -14,12 +14,13 @@ Chapters, in the order in which a method uses them:
  7 Evaluation   evaluate: accuracies, records, the last line; zero-shot CLIP
 
 Letters, the same in all files: B batch, K classes, M context vectors, N patches, L layers, d_t and
-d_v widths of the text and the image tower (d where either will do), D joint width; f image
-features, w text features. "Official" are the files of KaiyangZhou/CoOp, commit ff61507, and
-KaiyangZhou/Dassl.pytorch, commit c61a1b5; tests/AUDIT.md lists their lines.
+d_v widths of the text and the image tower, D joint width; f image features, w text features.
+"Official" are KaiyangZhou/CoOp, commit ff61507, and KaiyangZhou/Dassl.pytorch, commit c61a1b5;
+tests/AUDIT.md lists the lines.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -31,13 +32,12 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import time
 import urllib.parse
-from collections import deque
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -74,12 +74,12 @@ class Config:
     epochs: int = 0  # number of epochs; 0 = the method's schedule
     batch_size: int = 32  # images per step
     lr: float = 2e-3  # initial learning rate (SGD, cosine schedule)
-    dataset: str = "shapes"  # name of a benchmark or synthetic data set, or a folder of your images
+    dataset: str = "shapes"  # a benchmark, a synthetic data set, or a folder of your own images
     shots: int = 16  # training images per class; 0 = all
     seed: int = 1  # random seed: few-shot split, initialisation, order, augmentation
     classes: Literal["all", "base"] = "all"  # base: train on the first half, test on each half
-    transfer: str = ""  # comma list of further data sets to evaluate the trained prompt on
-    model: str = ""  # open_clip name, local-dir:DIR or hf-hub:NAME; default: the paper's backbone
+    transfer: str = ""  # comma list of further data sets to evaluate on
+    model: str = ""  # open_clip name, local-dir:DIR, hf-hub:NAME; default: the paper's
     pretrained: str = "openai"  # open_clip tag or weights file; "" = random weights
     precision: Literal["", "amp", "bf16", "fp32"] = ""  # default: amp on CUDA, else fp32
     device: str = ""  # default: cuda if available, else cpu
@@ -99,7 +99,7 @@ class Config:
         self.dataset = ",".join(name.strip().rstrip("/") for name in self.dataset.split(","))
 
 
-NOT_LEARNED = "transfer device data out workers force".split()  # options that change no learnable
+NOT_LEARNED = "transfer device data out workers force".split()  # change no learnable
 
 
 def cli(cls, argv=None):
@@ -118,36 +118,32 @@ def cli(cls, argv=None):
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
             kind = {"choices": get_args(field.type)}
-        note = f"{notes[field.name]} [{field.default}]"
-        parser.add_argument(f"--{field.name}", default=field.default, help=note, **kind)
+        kind["help"] = f"{notes[field.name]} [{field.default}]"
+        parser.add_argument(f"--{field.name}", default=field.default, **kind)
     return cls(**vars(parser.parse_args(argv)))
 
 
 def script(main):
     """Runs main(). Invalid input, full memory and Ctrl-C end in one line and exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # Windows' consoles lack many characters
-
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # Windows
     try:
         return main()
     except (Error, OSError) as problem:
         line = " ".join(str(problem).split())
     except (RuntimeError, MemoryError) as problem:
-        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):  # torch's word
+        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
             raise
         line = "out of memory: lower --batch_size or use a smaller --model"
     except KeyboardInterrupt:
-        line = (
-            "interrupted; run the same command again, without --force, to resume after the last "
-            "complete epoch"
-        )
+        line = "interrupted; without --force the same command resumes after the last complete epoch"
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def source_file(cfg):
     """The file of the script that cfg belongs to; None for a class made in a notebook."""
-    file = getattr(sys.modules[type(cfg).__module__], "__file__", None)
-    return Path(file) if file else None
+    file = getattr(sys.modules[type(cfg).__module__], "__file__", None) or ""
+    return Path(file) if os.path.isfile(file) else None
 
 
 def method(cfg):
@@ -170,9 +166,7 @@ def run_folder(cfg):
 def file_name(text):
     """A file name for text: valid on every file system, unique per text."""
     name = urllib.parse.quote(text, safe="=, ")
-    if len(name) < 200 and name.strip("."):  # neither too long nor a parent folder
-        return name
-    return name[:150] + sha256(name)[:16]
+    return name if len(name) < 200 else name[:150] + sha256(name)[:16]
 
 
 def sha256(content):
@@ -212,7 +206,10 @@ class Clip:
 
     def __init__(self, model, tokenize, device="cpu", precision="fp32"):
         model.requires_grad_(False).eval()
-        self.fingerprint = fingerprint(model)
+        layers = [[type(m).__name__, getattr(m, "num_heads", 0)] for m in model.modules()]
+        weights = [[key, sha256(x.numpy().tobytes())] for key, x in model.state_dict().items()]
+        colours = model.visual.image_mean, model.visual.image_std
+        self.fingerprint = sha256([layers, weights, colours])[:16]
         self.precision = precision
         self.half = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": None}[precision]
         if self.half:
@@ -224,8 +221,7 @@ class Clip:
         self.d_v = model.visual.conv1.out_channels
         self.activation = type(model.transformer.resblocks[0].mlp.gelu).__name__
         self.image_size = int(np.max(model.visual.image_size))
-        colours = torch.tensor([model.visual.image_mean, model.visual.image_std])
-        self.mean, self.std = to_device(colours[..., None, None], self.device)
+        self.mean, self.std = to_device(torch.tensor(colours)[..., None, None], self.device)
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -233,7 +229,7 @@ class Clip:
     def blocks(self):
         """The image tower's transformer blocks. Raises Error for a ResNet."""
         if not hasattr(self.visual, "transformer"):
-            raise Error("visual prompts need a ViT, and this --model has none; try ViT-B-16")
+            raise Error("visual prompts need a ViT, as --model ViT-B-16 has")
         return self.visual.transformer.resblocks
 
     def autocast(self):
@@ -241,25 +237,17 @@ class Clip:
         return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
 
 
-def fingerprint(model):
-    """Hash of a model's weights, kinds of layers (its activation among them), heads and colours."""
-    layers = [[type(layer).__name__, getattr(layer, "num_heads", 0)] for layer in model.modules()]
-    weights = [[name, sha256(x.numpy().tobytes())] for name, x in model.state_dict().items()]
-    return sha256([layers, weights, model.visual.image_mean, model.visual.image_std])[:16]
-
-
 def load_clip(cfg):
-    """The Clip of a Config; by default a synthetic data set's own tiny CLIP, or the method's usual
-    model. Raises Error for a device or model that is unavailable or whose encoders differ."""
+    """The Clip of a Config; a synthetic data set has a tiny CLIP of its own. Raises Error."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = cfg.precision or ("amp" if device.startswith("cuda") else "fp32")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as problem:
-        raise Error(f"--device {device} is not available: {shorten(str(problem), 200)}") from None
+        raise Error(f"--device {device}: {shorten(str(problem), 200)}") from None
     name = cfg.model if ":" in cfg.model else cfg.model.replace("/", "-")
     if not name and cfg.dataset.split(",")[0] in SYNTHETIC:
-        torch.set_num_threads(1)  # so that numbers do not depend on the machine's cores and load
+        torch.set_num_threads(1)  # so that numbers do not depend on the number of cores
         name = f"local-dir:{shapes.write(Path(cfg.data), 'clip')}"
     name = name or cfg.usual_model
     with torch.random.fork_rng([]):
@@ -274,7 +262,7 @@ def build_model(name, pretrained):
     advice, options = "", {"require_pretrained": True}
     if ":" in name:  # a folder or a hub's repository, which brings its own weights
         if pretrained != Config.pretrained:
-            raise Error(f"--pretrained {pretrained}: not read, because {name} has its own weights")
+            raise Error(f"--pretrained {pretrained} is not read: {name} has its own weights")
     elif name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), 4, 0.4)
         raise Error(f"--model {name}: open_clip has no such model; similar: {near}")
@@ -292,9 +280,8 @@ def build_model(name, pretrained):
 
 
 def load_weights(name, path):
-    """A model with the weights of a file: a state dict, by open_clip's reader, or OpenAI's own
-    TorchScript archive. torch.jit.load runs an archive's code, so OpenAI's archives are recognised
-    by their SHA-256, which is part of their URL. Raises Error."""
+    """A model with a file's weights: a state dict, or OpenAI's own TorchScript archive, known by
+    the SHA-256 in its URL, because torch.jit.load runs an archive's code."""
     url = open_clip.get_pretrained_cfg(name, "openai").get("url", "")
     by_openai = sha256(path.read_bytes()) in url
     try:
@@ -307,21 +294,20 @@ def load_weights(name, path):
     except Exception:  # torch and safetensors raise many kinds
         weights = {}
     if "token_embedding.weight" not in weights:
-        raise Error(f"{path}: not a state dict of open_clip's CLIP, nor OpenAI's archive of {name}")
+        raise Error(f"{path}: neither a state dict of open_clip's CLIP nor OpenAI's {name} file")
     model = open_clip.create_model(name, force_quick_gelu=by_openai)
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise Error(f"{path}: the weights of another model than --model {name}") from None
+        raise Error(f"{path}: weights of another model than {name}") from None
     activation = type(model.transformer.resblocks[0].mlp.gelu).__name__
     right = name.removesuffix("-quickgelu") + "-quickgelu"
-    print(f"{path}: using {activation} (OpenAI's weights need QuickGELU, as in --model {right})")
+    print(f"{path}: using {activation}; OpenAI's weights need --model {right}")
     return model
 
 
 def check_encoders(name, model, tokenize):
-    """Raises Error where encode_text and encode_image do not equal the model's own encoders, for
-    one text and one image, in fp32 on the CPU."""
+    """Raises Error if encode_text or encode_image differs from the model's own, in fp32."""
     try:
         clip = Clip(model, tokenize)
         image = torch.randn(1, 3, clip.image_size, clip.image_size)
@@ -339,15 +325,14 @@ def check_encoders(name, model, tokenize):
 def encode_text(clip, prefix, suffix, own, last, group=None):
     """(K, D) fp32 features of K sequences, prefix[group[k]] followed by suffix[k], read at [EOT].
 
-    Equals clip.encode_text of the same tokens, for a fraction of the work, because the tower is
-    causal. A prefix does not depend on the class name behind it, so each of the G prefixes runs
-    once, and its keys and values serve all of its classes. Nothing behind [EOT] reaches it, so
-    linear layers and norms see the classes' own tokens without padding, as one list of n rows.
+    Equals clip.encode_text of the same tokens, for less work, because the tower is causal. A prefix
+    does not depend on the class name behind it, so each of the G prefixes runs once, and its keys
+    and values serve all of its classes. Nothing behind [EOT] reaches it, so linear layers and norms
+    see the classes' own tokens without padding, as one list of n rows.
 
-    prefix (G, P, d), suffix (K, S, d): token embeddings, positions not yet added; own (n,): indices
-    of the tokens up to [EOT] among the K * S; last (K,): which of the n are the [EOT]s; group (K,):
-    each class's prefix, not read if G is 1. Official: CoOp clip/model.py, encode_text.
-    """
+    prefix (G, P, d_t), suffix (K, S, d_t): token embeddings without positions; own (n,): indices of
+    the tokens up to [EOT] among the K * S; last (K,): which of the n are the [EOT]s; group (K,):
+    each class's prefix, not read if G is 1. Official: clip/model.py, encode_text."""
     (G, P, _), (K, S, _), position = prefix.shape, suffix.shape, clip.positional_embedding
     # A class's token sees all of its prefix, and its class's tokens up to itself
     mask = torch.ones(S, P + S, dtype=torch.bool, device=clip.device).tril(P)
@@ -408,8 +393,7 @@ def encode_image(clip, images, prompts=None, patches=False):
     the image tokens (B, 1 + N, d_v) without prompts. The rows it returns, (P, d_v) or (B, P, d_v),
     replace the prompt tokens, which follow the image tokens; None keeps those that are there.
     images (B, 3, H, W), normalised. Returns fp32 features (B, D), with patches also the patches'
-    (B, N, D). Raises Error for prompts in a ResNet. Official: clip/model.py, VisionTransformer.
-    """
+    (B, N, D). Raises Error for prompts in a ResNet. Official: clip/model.py, VisionTransformer."""
     visual = clip.visual
     with clip.autocast():
         if not (prompts or patches or hasattr(visual, "transformer")):  # a ResNet
@@ -420,13 +404,9 @@ def encode_image(clip, images, prompts=None, patches=False):
         x, count = x + visual.positional_embedding, x.shape[1]
 
         def with_prompts(i, x):
-            if not prompts:
-                return x
             with torch.autocast(clip.device.type, enabled=False):  # a method computes in fp32
-                rows = prompts(i, x[:, :count])
-            if rows is None:
-                return x
-            return torch.cat([x[:, :count], rows.expand(len(x), -1, -1)], 1)
+                rows = prompts(i, x[:, :count]) if prompts else None
+            return x if rows is None else torch.cat([x[:, :count], rows.expand(len(x), -1, -1)], 1)
 
         x = visual.ln_pre(with_prompts(-1, x))
         for i, block in enumerate(blocks):
@@ -448,8 +428,8 @@ def unit_features(clip, images):
 
 class Names(NamedTuple):
     """K class names behind a context, [SOS] V ... V <name>. [EOT], embedded: sos (1, 1, d_t), and
-    tail (K, S, d_t) from the name on; eot (K,), on the CPU: index of [EOT] in the tail; own (n,)
-    and last (K,): encode_text's."""
+    tail (K, S, d_t) from the name on; eot (K,), on the CPU: index of [EOT] in the tail; own, last:
+    encode_text's."""
 
     sos: torch.Tensor
     tail: torch.Tensor
@@ -459,9 +439,8 @@ class Names(NamedTuple):
 
     @classmethod
     def of(cls, sos, tail, eot):
-        """Computes own and last on the CPU, so that a GPU is not waited for."""
         S = int(eot.max()) + 1
-        own = torch.arange(S) <= eot[:, None]  # (K, S)
+        own = torch.arange(S) <= eot[:, None]  # (K, S), on the CPU: no waiting
         last = own.sum(1).cumsum(0) - 1
         own = own.flatten().nonzero()[:, 0]
         return cls(sos, tail[:, :S], eot, *(to_device(x, tail.device) for x in (own, last)))
@@ -474,8 +453,8 @@ def embed_names(clip, names, n_ctx, template="{}."):
     # One place more than the tower has: a text that reaches it is too long
     ids = clip.tokenize(texts, clip.context_length + 1)  # (K, 78)
     if ids[:, -1].any():
-        name = names[int(ids[:, -1].argmax())]
-        raise Error(f"class name {name!r} is too long behind {n_ctx} context vectors (--n_ctx)")
+        c = names[int(ids[:, -1].argmax())]
+        raise Error(f"class name {c!r} is too long behind {n_ctx} context vectors")
     x = clip.token_embedding(to_device(ids, clip.device))
     eot = ids.argmax(1)  # [EOT] has the vocabulary's largest id
     return Names.of(x[:1, :1], x[:, 1 + n_ctx :], eot - 1 - n_ctx)
@@ -490,8 +469,7 @@ def encode_prompts(clip, names, ctx, group=None):
 
 @torch.no_grad()
 def zero_shot_weights(clip, dataset, templates=None):
-    """(K, T, D) unit text features of each class in T templates; None: in the data set's own.
-    Official: trainers/zsclip.py."""
+    """(K, T, D) unit text features of each class in T templates, by default the data set's own."""
     features = []
     for template in templates or [dataset.template]:
         names = embed_names(clip, dataset.classnames, 0, template)
@@ -502,16 +480,8 @@ def zero_shot_weights(clip, dataset, templates=None):
 # ---------------------------------------------------------------------------------- 4 Data
 
 
-class Benchmark(NamedTuple):
-    """Where a benchmark lies below --data, in CoOp's layout; the Name of its split_zhou_Name.json;
-    CoOp's template (CUSTOM_TEMPLATES in trainers/zsclip.py)."""
-
-    folder: str
-    images: str
-    split: str
-    template: str
-
-
+# Folder below --data, folder of images in it, Name of split_zhou_Name.json, CoOp's template
+Benchmark = namedtuple("Benchmark", "folder images split template")
 TABLE = """
 imagenet        | imagenet | images | - | a photo of a {}.
 caltech101      | caltech-101 | 101_ObjectCategories | Caltech101 | a photo of a {}.
@@ -552,9 +522,8 @@ class Dataset(NamedTuple):
 
 
 def few_shot(cfg, data=None):
-    """The few-shot subset of data (by default of cfg.dataset); .transfer holds the Datasets of
-    --transfer. With --classes base it has the first half of the classes, and .new the second.
-    Prints what was read. Raises Error, also for missing images among those that cfg uses."""
+    """The few-shot subset of data (by default cfg.dataset), with --classes base of the first half
+    of its classes; .new has the second, .transfer the sets of --transfer. Raises Error."""
     data = sample_few_shot(data or load_dataset(cfg.dataset, cfg.data), cfg.shots, cfg.seed)
     names = filter(None, map(str.strip, cfg.transfer.split(",")))
     data = data._replace(transfer=tuple(load_dataset(name, cfg.data) for name in names))
@@ -563,32 +532,30 @@ def few_shot(cfg, data=None):
         show(target, target.test)
     if cfg.classes == "base":
         if len(data.classnames) < 4:
-            raise Error(f"--classes base: {data.name} needs at least 4 classes, 2 in each half")
+            raise Error(f"--classes base: {data.name} needs 4 classes, 2 in each half")
         data = subset_classes(data, "base")._replace(new=subset_classes(data, "new"))
     return data
 
 
 def show(data, used):
-    """Prints one line that says what was read, and one for class names that CLIP cannot read.
-    Raises Error if one of the items used has no image or an empty one."""
-    synthetic = " (synthetic)" if data.name in SYNTHETIC else ""
+    """Prints what was read. Raises Error if the image of one of the items used is missing."""
+    synthetic = " (synthetic)" * (data.name in SYNTHETIC)
     names = shorten(", ".join(data.classnames), 50, placeholder=" ...")
     counts = f"{len(data.train)} training and {len(data.test)} test images"
-    print(f"{data.name}{synthetic}: {len(data.classnames)} classes ({names}), {counts}", flush=True)
+    print(f"{data.name}{synthetic}: {len(data.classnames)} classes ({names}), {counts}")
     if not any(map(str.isalpha, "".join(data.classnames))):
-        print(f"{data.name}: no class name has a letter, but CLIP reads names; rename the folders")
+        print(f"{data.name}: no class name has a letter; CLIP needs words")
     bad = [path for path, *_ in used if not os.path.isfile(path) or not os.path.getsize(path)]
     if bad:
-        raise Error(f"{data.name}: {len(bad)} images are missing or empty, the first is {bad[0]}")
+        raise Error(f"{data.name}: {len(bad)} images missing or empty, as {bad[0]}")
 
 
 def load_dataset(name, root="data"):
-    """The Dataset of a benchmark, a synthetic data set, or a folder of class folders. Only lists
-    are read. Raises Error."""
+    """The Dataset of a benchmark, a synthetic set or a folder; lists, no images. Raises Error."""
     if name not in BENCHMARKS and name not in SYNTHETIC:
         return from_own_folder(name)
     if Path(name).is_dir() and Path(name) != Path(root, name):
-        raise Error(f"{name} is a data set's name and a folder here; ./{name} means the folder")
+        raise Error(f"{name} is a known data set and a folder here; ./{name} means the folder")
     if name in BENCHMARKS:
         return from_benchmark(name, Path(root))
     data = from_class_folders(name, shapes.write(Path(root), name))
@@ -611,14 +578,14 @@ def from_benchmark(name, root):
     except OSError as problem:
         how = "see DATASETS.md of KaiyangZhou/CoOp"
         if (TOOLS / "download.py").is_file():
-            how = f"python -m tests.tools.download {name} --data {shlex.quote(str(root))}"
+            how = f'python -m tests.tools.download {name} --data "{root}"'
         raise Error(f"{name}: {problem}; to get it: {how}") from None
     return data._replace(template=template)
 
 
 def from_split_file(name, split, images):
-    """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": ..., "test": ...}: paths below
-    the folder images, labels, class names. val is not used. Official: datasets/oxford_pets.py."""
+    """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "test": ...}: paths below the folder
+    images, labels, class names. Official: datasets/oxford_pets.py."""
     try:
         lists = json.loads(split.read_text("utf-8"))
         train, test = (
@@ -645,9 +612,8 @@ def from_aircraft_lists(name, folder, images):
 
 
 def from_wordnet_folders(name, images):
-    """ImageNet: train/ and val/ of folders n01440764/ ...; its variants: such folders alone, of
-    ImageNetV2 0/ ... 999/. ImageNet-A and -R have 200 of the classes, labelled from 0. Official:
-    datasets/imagenet.py, imagenetv2.py, imagenet_sketch.py, imagenet_a.py, imagenet_r.py."""
+    """ImageNet: train/ and val/ of folders n01440764/ ...; its variants: such folders alone, of V2
+    0/ ... 999/; A and R have 200 of them. Official: datasets/imagenet.py and its likes."""
     keys = [*map(str, range(1000))] if name == "imagenetv2" else ImageNetInfo().label_names()
     titles = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
     if name in ("imagenet_a", "imagenet_r"):
@@ -657,23 +623,24 @@ def from_wordnet_folders(name, images):
     present = {path.name for path in class_folders(images / test)}
     missing = [key for key in titles if key not in present]
     if missing:
-        lack = f"{len(missing)} of {len(titles)} classes, as {missing[0]} ({titles[missing[0]]})"
+        lack = f"{len(missing)} of {len(titles)} classes, the first is {missing[0]}"
         raise Error(f"{images / test} lacks {lack}")
     return from_class_folders(name, images, train, test, titles)
 
 
 def from_own_folder(name):
-    """FOLDER/train/<class>/*.jpg and FOLDER/test/<class>/*.jpg, or FOLDER/<class>/*.jpg, of which
-    a fixed 70 % of each class are training images."""
+    """FOLDER/{train,test}/<class>/*.jpg, or FOLDER/<class>/*.jpg with a fixed 70/30 split."""
     folder = Path(name)
     if not name or not folder.is_dir():
-        near = difflib.get_close_matches(name, [*BENCHMARKS, *SYNTHETIC], 4) or [*BENCHMARKS]
-        lack = f"neither a folder of class folders nor a data set ({', '.join(near)}"
-        raise Error(f"{name!r}: {lack}; synthetic ones need tests/tools/shapes.py)")
-    if any(map(Path.is_dir, listed(folder / "train"))):
-        if not (folder / "test").is_dir():
-            raise Error(f"{folder} has train/ and no test/: rename val/ to test/, or make it")
+        hint = difflib.get_close_matches(name, [*BENCHMARKS, *SYNTHETIC], 4)
+        if not shapes:
+            hint = "none (synthetic ones need tests/tools/shapes.py)"
+        raise Error(f"{name!r}: neither a folder of class folders nor a data set; similar: {hint}")
+    parts = [path.name for path in class_folders(folder) if any(map(Path.is_dir, listed(path)))]
+    if "train" in parts and "test" in parts:
         return from_class_folders(name, folder)
+    if parts:
+        raise Error(f"{folder} has {parts}: train/ and test/ are needed; rename val/ to test/")
     data = from_class_folders(name, folder, None, ".")
     train, test = [], []
     for group in by_class(data.test):
@@ -684,9 +651,8 @@ def from_own_folder(name):
 
 
 def from_class_folders(name, folder, train="train", test="test", titles=None):
-    """Class folders of images in two subfolders; train may be None. titles: {class folder: class
-    name}, in order; by default the folders' names, sorted. Files are sorted: the official listing
-    is not, so its few-shot split depends on the file system (datasets/imagenet.py:84)."""
+    """Class folders of images in two subfolders; train may be None. titles: {folder: class name}.
+    Files are sorted; the official list depends on the file system (datasets/imagenet.py:84)."""
     if titles is None:
         found = class_folders(folder / test) + (class_folders(folder / train) if train else [])
         titles = {key: key for key in sorted({path.name for path in found})}
@@ -723,8 +689,8 @@ def checked(name, train, test, classnames):
     for kind, items in ("training", train or test), ("test", test):
         missing = set(range(len(classnames))) - {label for _, label, _ in items}
         if missing:
-            c = classnames[min(missing)]
-            raise Error(f"{name}: no {kind} images for class {c!r}; each class needs at least 2")
+            lack = f"no {kind} images for class {classnames[min(missing)]!r}"
+            raise Error(f"{name}: {lack}; each class needs training and test images")
     return Dataset(name, train, test, classnames)
 
 
@@ -737,9 +703,8 @@ def by_class(items):
 
 
 def sample_few_shot(dataset, shots, seed):
-    """The few-shot split: `shots` training images of each class, all of a class that has fewer, all
-    of every class for 0 shots. Official: Dassl data/datasets/base_dataset.py, whose validation
-    images are sampled after these and not used."""
+    """`shots` training images of each class; all of a class that has fewer, and of every class for
+    0 shots. Official: Dassl data/datasets/base_dataset.py:167-223."""
     stream = random.Random(seed)
     train = []
     for group in by_class(dataset.train):
@@ -748,8 +713,7 @@ def sample_few_shot(dataset, shots, seed):
 
 
 def subset_classes(dataset, half):
-    """The "base" (first, larger) or "new" half of the classes, relabelled from 0. Official:
-    datasets/oxford_pets.py, subsample_classes."""
+    """The "base" (first, larger) or "new" half of the classes. Official: oxford_pets.py:140-186."""
     names = dataset.classnames
     middle = math.ceil(len(names) / 2)
     names = names[:middle] if half == "base" else names[middle:]
@@ -765,7 +729,7 @@ def subset_classes(dataset, half):
 
 BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as in CoOp's configs
-CACHE_BYTES = 4 * 2**30  # of decoded training images; the others are decoded in every epoch
+CACHE_BYTES = 4 * 2**30  # of decoded training images; others are decoded anew
 PREFETCH = 2  # batches
 
 
@@ -773,7 +737,9 @@ def decode(path):
     """The RGB PIL image of a file, turned as its EXIF tag says. Raises Error."""
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            with contextlib.suppress(Exception):  # a damaged tag refuses no image
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bit, which convert() would clip to white
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
@@ -782,18 +748,14 @@ def decode(path):
 
 
 def preprocess(image, side):
-    """A PIL image as tests see it, uint8 (3, side, side): the shorter edge resized to side, then
-    the centre cropped. Official: Dassl data/transforms/transforms.py, _build_transform_test."""
+    """A PIL image's shorter edge resized to side, then its centre, uint8 (3, side, side)."""
     return vision.pil_to_tensor(vision.center_crop(vision.resize(image, [side], BICUBIC), [side]))
 
 
 def augment(image, side, crop, numbers):
-    """A random crop of a PIL image, uint8 (3, side, side): a share of the area within crop, an
-    aspect ratio within 3/4 and 4/3, resized, and mirrored half the time.
-
-    The same as torchvision's RandomResizedCrop and flip (Dassl, _build_transform_train), which take
-    random numbers from a global generator, as threads must not. numbers: a random.Random.
-    """
+    """A random crop of a PIL image, uint8 (3, side, side), as torchvision's RandomResizedCrop and
+    flip, whose random numbers are global, which threads do not allow: a share of the area within
+    crop, an aspect ratio within 3/4 and 4/3, resized, mirrored half the time."""
     width, height = image.size
     for _ in range(10):
         area = width * height * numbers.uniform(*crop)
@@ -821,34 +783,31 @@ def to_device(x, device):
 
 
 def prefetch(workers, function, batches):
-    """Yields [function(item) for item in batch] of each batch, computed by threads, PREFETCH
-    batches in advance."""
-    pending = deque()
+    """Yields [function(item) for item in batch] per batch; threads work PREFETCH batches ahead."""
+    pending = []
     with ThreadPoolExecutor(workers) as pool:
         for batch in batches:
             pending.append(pool.map(function, batch))
             if len(pending) > PREFETCH:
-                yield list(pending.popleft())
+                yield list(pending.pop(0))
         yield from map(list, pending)
 
 
 class Loader:
-    """Batches of training images: decoded once and cached, augmented by threads in every epoch. An
-    augmented image depends on (seed, epoch, image) alone, the order on (seed, epoch), so that an
-    epoch repeats itself after a kill."""
+    """Batches of training images, decoded once, augmented in every epoch. An augmented image is a
+    function of (seed, epoch, image) alone, the order of (seed, epoch), so epochs are repeatable."""
 
     def __init__(self, cfg, clip, data):
         """Raises Error if there are no training images."""
         if not data.train:
-            raise Error(f"{data.name} has no training images; it is a set for --transfer")
+            raise Error(f"{data.name} has no training images; it serves --transfer only")
         self.cfg, self.clip, self.data = cfg, clip, data
         self.crops = [data.crop] * len(data.train)  # of each image
         self.cache, self.room = {}, CACHE_BYTES
         self.labels = torch.tensor([label for _, label, _ in data.train])
 
     def order(self, epoch):
-        """The epoch's batches, as lists of indices of images. As in Dassl (data_manager.py:43), a
-        last batch that is not full is dropped, unless it is the only one."""
+        """The epoch's batches, lists of indices; a short last one is dropped unless it is alone."""
         generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, epoch))
         order = torch.randperm(len(self.labels), generator=generator)
         batches = order.split(self.cfg.batch_size)
@@ -882,10 +841,8 @@ class Optimizer:
     and lr_scheduler.py).
 
     After k epochs the rate is 1e-5 while k < warmup, then lr/2 (1 + cos(pi (k - warmup) / epochs)),
-    never 0. groups: parameters, or dicts {"params", "lr", "warmup"} (else 1). Where CLIP runs in
-    fp16, GradScaler scales the loss, and SGD, one fused kernel, skips a step whose gradients
-    overflow, without a GPU synchronisation. Raises Error if there is nothing to learn.
-    """
+    never 0. groups: parameters, or dicts {"params", "lr", "warmup"} (else 1). In fp16, GradScaler
+    scales the loss, and fused SGD skips a step that overflows, without a GPU synchronisation."""
 
     def __init__(self, cfg, clip, groups, epochs):
         self.epochs, self.losses, self.learns = epochs, [], False
@@ -893,7 +850,7 @@ class Optimizer:
         self.scaler = torch.amp.GradScaler(clip.device.type, enabled=clip.half is torch.float16)
         for group in self.sgd.param_groups:  # saved with SGD's own state
             group.update(top=group["lr"], k=0, warmup=group.get("warmup", 1))
-            for p in group["params"]:  # fused SGD leaves it undefined if it skips the first step
+            for p in group["params"]:  # which a skipped first step would not set
                 self.sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.schedule(0)
 
@@ -920,8 +877,7 @@ class Optimizer:
         self.scaler.update()
 
     def end_epoch(self):
-        """Sets the next rates; returns the mean loss, for which the CPU waits. Raises Error if it
-        is not finite, or if gradients overflow even unscaled."""
+        """Sets the next rates; returns the mean loss. Raises Error if the training diverged."""
         self.schedule(1)
         loss = torch.stack(self.losses).mean().item()
         self.losses.clear()
@@ -932,9 +888,8 @@ class Optimizer:
 
 def resumed(cfg, clip, data, prompt, optimizer):
     """Yields the remaining epochs and saves a checkpoint after each, from which the same command
-    resumes; on a CPU the result is bit-identical to that of an uninterrupted run. A finished run is
-    loaded into prompt, and no epoch remains. data: the Dataset, or a list of them. Raises Error
-    where the checkpoint is of another run than cfg, clip, data and the code make now."""
+    resumes, on a CPU to the same bits. A finished run is loaded into prompt, and no epoch remains.
+    data: the Dataset, or a list of them. Raises Error if the checkpoint is of another run."""
     path, sets = run_folder(cfg) / "checkpoint.pt", data if isinstance(data, list) else [data]
     epochs, first, n_train = optimizer.epochs, 0, sum(len(d.train) for d in sets)
     run = identity(cfg, clip, sets, epochs)
@@ -965,14 +920,13 @@ def resumed(cfg, clip, data, prompt, optimizer):
 
 def identity(cfg, clip, sets, epochs):
     """What a run is: two commands of one identity learn the same."""
+    images = [[sha256(Path(path).read_bytes()), y, c] for d in sets for path, y, c in d.train]
     return {
         "method": method(cfg),
         **{f"--{name}": value for name, value in vars(cfg).items() if name not in NOT_LEARNED},
         "number of epochs": epochs,
         "CLIP": clip.fingerprint,
-        "training images": sha256(
-            [(sha256(Path(path).read_bytes()), y, c) for d in sets for path, y, c in d.train]
-        ),
+        "training images": sha256(images),
         "class names": {d.name: d.classnames for d in sets},
         "templates": {d.name: d.template for d in sets},
     }
@@ -980,18 +934,18 @@ def identity(cfg, clip, sets, epochs):
 
 @functools.cache
 def provenance(file, precision, device):
-    """What else a number may depend on: the code, a method's file and common.py, and the machine.
-    Read once, before the training, because the files may change during it."""
+    """What a number may depend on besides: the code, a method's file and common.py, and the
+    machine. Read once, before the training, because the files may change during it."""
     paths = [path.resolve() for path in (file, Path(__file__)) if path]
     command = ["git", "status", "--porcelain=v2", "--branch", "--", *paths]
     try:
-        status = subprocess.run(command, capture_output=True, text=True, cwd=paths[-1].parent)
-        lines = status.stdout.splitlines()  # first "# branch.oid COMMIT", last modified files
+        git = subprocess.run(command, capture_output=True, text=True, cwd=paths[-1].parent)
+        status = git.stdout.removeprefix("# branch.oid ")
     except OSError:  # no git
-        lines = []
+        status = ""
     return {
-        "commit": lines[0].split()[-1][:7] if lines else "",
-        "modified": any(not line.startswith("#") for line in lines),
+        "commit": status[:7],
+        "modified": bool(re.search(r"^[12u?] ", status, re.M)),
         "source": sha256([path.read_bytes() for path in paths])[:16] if file else "",
         "precision": precision,
         "device": device,
@@ -1007,25 +961,29 @@ def read_checkpoint(path):
         assert state["run"]  # which an earlier version lacks
         return state
     except Exception:  # torch raises many kinds
-        raise Error(f"{path} is damaged or of an earlier version; --force retrains") from None
+        raise Error(f"{path}: damaged or of an earlier version; --force retrains") from None
 
 
 def load_checkpoint(path, run, now, prompt, optimizer):
-    """Loads a checkpoint of `run`; returns (its epoch, its facts of training). now: this process's
-    facts, whose code, device type and precision an unfinished run must share. Raises Error."""
+    """Loads a checkpoint; returns (its epoch, its facts). now: this process's. Raises Error."""
     state, folder = read_checkpoint(path), path.parent
     then, trained = state["run"], state["trained"]
     changed = [key for key in {**then, **run} if then.get(key) != run.get(key)]
-    if state["epoch"] < then["number of epochs"]:
+    finished = state["epoch"] == then["number of epochs"]
+    if not finished:
         changed += [key for key in ("source", "device", "precision") if trained[key] != now[key]]
     if changed:
         raise Error(f"{folder} was trained with a different {', '.join(changed)}; --force retrains")
     if trained["source"] != now["source"]:
         earlier = f"an earlier {run['method']}.py or common.py at commit {trained['commit']}"
         print(f"{folder} was trained by {earlier}; --force retrains")
-    prompt.load_state_dict(state["prompt"])
-    optimizer.sgd.load_state_dict(state["sgd"])
-    optimizer.scaler.load_state_dict(state["scaler"])
+    try:
+        prompt.load_state_dict(state["prompt"])
+    except RuntimeError:
+        raise Error(f"{folder} has other learnables than this code; --force retrains") from None
+    if not finished:
+        optimizer.sgd.load_state_dict(state["sgd"])
+        optimizer.scaler.load_state_dict(state["scaler"])
     return state["epoch"], trained
 
 
@@ -1035,40 +993,39 @@ def load_checkpoint(path, run, now, prompt, optimizer):
 def targets_of(data):
     """All Datasets to evaluate on: data or, of several tasks, a list; new halves; --transfer."""
     sets = data if isinstance(data, list) else [data]
-    return [*sets, *(d.new for d in sets if d.new), *sets[0].transfer]
+    return sets + [d.new for d in sets if d.new] + [*sets[0].transfer]
 
 
 @torch.no_grad()
 def check_targets(data, classifier):
-    """Makes each classifier that evaluate() will use, so that what it refuses, a class name that is
-    too long or contexts of other classes, is refused before the training. Raises Error."""
+    """Makes each classifier that evaluate() will use, so that a class name that is too long, or
+    contexts of other classes, are refused before the training. Raises Error."""
     for target in targets_of(data):
         classifier(target)
 
 
 def evaluate(cfg, clip, data, classifier, per_class=()):
     """Evaluates on every test set that cfg asks for, prints and records each result, and returns
-    the accuracy in percent: the mean over the tasks, with --classes base of the base half.
+    the accuracy in percent, the mean over the tasks, with --classes base of the base half.
 
     data: the Dataset trained on, or a list of them. classifier(dataset) returns unit text features
-    w (K, D), where the features f (B, D) of CLIP's own image tower decide; where they do not, a
-    function of normalised images (B, 3, H, W) and f that gives logits (B, K).
-    per_class: names of those of data whose accuracy is the mean over classes.
-    """
+    w (K, D) to compare with CLIP's own image features f (B, D), or a function of images
+    (B, 3, H, W) and f that returns logits (B, K). per_class: names of those of data whose accuracy
+    is the mean over classes."""
     sets, path = data if isinstance(data, list) else [data], run_folder(cfg) / "checkpoint.pt"
     trained = {"seconds": 0.0, "n_train": 0}  # zero-shot CLIP's
     if path.exists():
         trained = read_checkpoint(path)["trained"]
-    scores = []
+    scores, both = [], "{:.2f} (zero-shot {:.2f})".format
     for target in targets_of(data):
         row = measured(cfg, clip, target, classifier)
         kind = "mean_class_" if target.name in per_class else ""
         scores.append([row[kind + "accuracy"], row[kind + "zero_shot"]])
-        both = "{:.2f} (zero-shot {:.2f})".format(*scores[-1])
-        print(f"  {target.name}, {target.half} classes: {both}")  # before it is written
+        # Printed before it is written, which may fail
+        print(f"  {target.name}, {target.half} classes:", both(*scores[-1]))
         record(cfg, clip, target, row, trained)
     own = np.mean(scores[: len(sets)], 0)  # ours, zero-shot CLIP's
-    result = "{:.2f} (zero-shot {:.2f})".format(*own)
+    result = both(*own)
     if cfg.classes == "base":
         new = np.mean(scores[len(sets) : 2 * len(sets)], 0)
         H = 2 * own * new / np.maximum(own + new, 1e-9)
@@ -1094,7 +1051,7 @@ def measured(cfg, clip, target, classifier):
         logits = predict(x, f) if callable(predict) else f @ predict.T
         found.append(torch.stack([logits.argmax(1), (f @ w.T).argmax(1)]))
     y = torch.tensor([label for _, label, _ in target.test])
-    right = 100 * (torch.cat(found, 1).cpu() == y).double()  # (2, n): ours, zero-shot CLIP's
+    right = 100 * (torch.cat(found, 1).cpu() == y).double()  # (2, n)
     by_class = torch.stack([y.bincount(row) for row in right]) / y.bincount()
     row = {"n_test": len(y)}
     row["accuracy"], row["zero_shot"] = right.mean(1).tolist()
@@ -1103,8 +1060,7 @@ def measured(cfg, clip, target, classifier):
 
 
 def record(cfg, clip, target, row, trained):
-    """Writes a result to its own JSON file: `trained` holds the facts of the training, `evaluated`
-    those of this process."""
+    """Writes a result to its own JSON file: the facts of the training apart from this process's."""
     row = {
         "method": method(cfg),
         "config": vars(cfg),
@@ -1123,7 +1079,7 @@ def record(cfg, clip, target, row, trained):
 @dataclasses.dataclass
 class ZeroShot(Config):
     shots: int = 0  # nothing is trained
-    ensemble: bool = False  # mean over CoOp's seven templates and, but for ImageNet, the set's own
+    ensemble: bool = False  # mean over CoOp's seven templates and the data set's own
 
 
 def zero_shot(cfg):
