@@ -23,8 +23,8 @@ What it cannot show: time, memory, the numbers of CUDA's own kernels, its random
 generator is always the CPU's and refused), a second device or stream, autocast (allowed, without
 effect), and what happens inside an operator: several kernels count as one, and the waits of linear
 algebra not at all. What our code does not use is missing: inference mode, pinned memory,
-torch.load() to the device, a list of numbers as an index. A copy to the host waits. In the block
-the device "meta" is this one as well.
+torch.load() to the device, x[[0, 2]] = y. A copy to the host waits. In the block the device "meta"
+is this one as well.
 """
 
 import contextlib
@@ -92,6 +92,12 @@ class DeviceTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} on a tensor of the emulated device, outside of Emulated()")
+
+    def __getitem__(self, key):
+        """A list of numbers in the key is copied to the device."""
+        key = key if isinstance(key, tuple) else (key,)
+        key = [torch.tensor(x).to(CPP_DEVICE) if isinstance(x, list) else x for x in key]
+        return super().__getitem__(tuple(key))
 
     def tolist(self):
         return self.cpu().tolist()
@@ -188,7 +194,7 @@ class Operators(TorchDispatchMode):
         for x in tensors:
             if isinstance(x, DeviceTensor) or (x.dim() == 0 and x is not written):
                 continue
-            if id(x) not in indices:
+            if id(x) not in indices or x.is_meta:
                 refuse(name, x)
             self.gpu.counts.copies["to device"] += 1
 

@@ -34,6 +34,7 @@ MIXED = {
     "a sum": lambda x: x + torch.ones(4, 3),
     "writing a number": lambda x: torch.zeros(()).add_(x.sum()),
     "an index that is no x[...]": lambda x: F.embedding(torch.tensor([0]), x),
+    "writing to a list of rows": lambda x: x.__setitem__([0, 2], x[:2]),
     "an index on the device": lambda x: torch.ones(3)[x[0].long()],
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], torch.ones(1, 4, 3)),
     "a generator": lambda x: torch.randn(2, device="nogpu", generator=torch.Generator()),
@@ -48,7 +49,11 @@ def test_mixing_devices_raises(x, mixed):
 
 def test_a_number_of_the_host_may_be_mixed_in_and_an_index_is_copied(gpu, x):
     assert (x + torch.tensor(1.0)).device.type == "nogpu" and totals(gpu) == (1, 0, 0)
-    assert x[torch.tensor([0, 2])].device.type == "nogpu" and totals(gpu) == (1, 0, 1)
+    for index in torch.tensor([0, 2]), [0, 2]:
+        chosen = x[index]
+        assert totals(gpu) == (1, 0, 1)
+        assert chosen.tolist() == [[0.0, 1.0, 2.0], [6.0, 7.0, 8.0]]
+        gpu.take()
 
 
 WAITS = {
