@@ -106,10 +106,12 @@ def put(path, content=None, label=0):
 
 
 def tree(folder, *patterns):
-    """Writes images below folder; "train,test/a,b/1.jpg" stands for four of them."""
+    """Writes files below folder: "train,test/a,b/1.jpg" stands for four images, "a/x.txt=word" for
+    a file that holds a word."""
     for pattern in patterns:
+        pattern, equals, text = pattern.partition("=")
         for parts in itertools.product(*(part.split(",") for part in pattern.split("/"))):
-            put(Path(folder, *parts))
+            put(Path(folder, *parts), text.encode() if equals else None)
     return folder
 
 
