@@ -1,84 +1,73 @@
-"""Where DPT's class-aware prompts look: a picture for python common.py predict --attention."""
+"""Where DPT's class-aware prompts look: the sheet of `predict RUN IMAGES --attention FILE`."""
 
 import math
 
 from PIL import Image, ImageDraw
+from torchvision.transforms.v2.functional import to_pil_image
 
 import common
 import dpt
 
-DRAWN = 3  # classes per picture
-PIXELS, MARGIN = 224, 16  # of a cell of the sheet, and of the line of text above it
+SHOWN = 3  # classes per image
+SIDE, MARGIN = 224, 16  # pixels of a cell, and of the line of text above it
 RED = 255, 32, 0
 STRENGTH = 0.7  # of the red where the attention is greatest
+MEANING = f"""\
+red is where the prompts of the {SHOWN} classes predicted as likeliest look; "no prompt": frozen \
+CLIP, which selects the classes that get prompts, did not select this class"""
 
 
-def rows_of(learned, target, x, f, logits):
-    """Rows of cells (text, picture), one row a picture of the batch: itself, then, over it in red,
-    the last layer's attention of the prompts of its likeliest classes among CAVPT's.
+def rows_of(run, target, x, f, logits):
+    """A row of cells (text, image) per image of a batch: the image alone, then, over it in red, the
+    last layer's attention from the prompt of each of its likeliest classes to the patches.
 
-    x (B, 3, side, side): normalised images, f (B, D): their frozen features, logits (B, C).
+    run: predict's Run; x (B, 3, H, W): normalised images, f (B, D): their frozen features, logits
+    (B, K).
     """
-    top = dpt.selected(learned.cfg, f, zero_shot(learned, target))  # (B, K)
-    A = attention(learned, target, x, top).cpu()  # (B, K, N)
-    scores = logits.gather(1, top).cpu()  # (B, K)
-    best = scores.topk(min(DRAWN, scores.shape[1])).indices  # (B, DRAWN)
+    T0 = common.zero_shot_weights(run.clip, target)[:, 0]
+    T = run.prompt.text(
+        run.clip, common.embed_names(run.clip, target.classnames, run.cfg.n_ctx), T0
+    )
+    top = dpt.selected(run.cfg, f, T0)  # (B, k)
+    A = dpt.encode(run.clip, run.prompt, x, T, top)[2][-1].cpu()  # (B, k, 1+N+R)
+    A = A[..., 1 : A.shape[-1] - run.cfg.cavpt_ctx]  # (B, k, N)
+    pixels = (x * run.clip.std + run.clip.mean).clamp(0, 1).cpu()
+    likeliest = logits.topk(min(SHOWN, logits.shape[1])).indices.tolist()
     rows = []
-    for i, photo in enumerate(photos(learned.clip, x)):
-        cells = [("", photo)]
-        for k in best[i]:
-            name = target.classnames[top[i, k]].replace("_", " ")
-            cells.append((name, overlaid(photo, A[i, k])))
+    for i, selected in enumerate(top.tolist()):
+        image = resized(to_pil_image(pixels[i]))
+        cells = [("", image)]
+        for k in likeliest[i]:
+            name = target.classnames[k].replace("_", " ")
+            if k in selected:
+                cells.append((name, overlaid(image, A[i, selected.index(k)])))
+            else:
+                cells.append((f"{name}: no prompt", image))
         rows.append(cells)
     return rows
 
 
-def zero_shot(learned, target):
-    """T0 (C, D), the hand template's text features."""
-    return common.zero_shot_weights(learned.clip, target)[:, 0]
-
-
-def attention(learned, target, x, top):
-    """A (B, K, N) of the last class-aware layer, from each class's prompt to the patches."""
-    cfg, clip, prompt = learned.cfg, learned.clip, learned.prompt
-    names = common.embed_names(clip, target.classnames, cfg.n_ctx)
-    T = prompt.text(clip, names, zero_shot(learned, target))
-    _, _, maps = dpt.encode(clip, prompt, x, T, top)
-    patches = maps[-1].shape[-1] - cfg.cavpt_ctx  # behind them stand CAVPT's own rows
-    return maps[-1][..., 1:patches]  # without the class token
-
-
-def photos(clip, x):
-    """The images as PIL's, as large as a cell."""
-    pixels = 255 * (x * clip.std + clip.mean).clamp(0, 1)
-    pixels = pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [resized(Image.fromarray(image)) for image in pixels]
-
-
 def resized(image):
     """The image, as large as a cell."""
-    return image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+    return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def overlaid(photo, heat):
-    """The photo, the redder the hotter; heat (N,): one number per patch of a square."""
+def overlaid(image, heat):
+    """The image, the redder the hotter; heat (N,): one number per patch of a square."""
     side = math.isqrt(len(heat))
-    low, high = heat.min(), heat.max()
-    share = (heat - low) / (high - low).clamp(min=1e-12)
-    mask = (255 * STRENGTH * share).byte().view(side, side)
-    red = Image.new("RGB", photo.size, RED)
-    return Image.composite(red, photo, resized(Image.fromarray(mask.numpy())))
+    share = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+    mask = resized(to_pil_image(STRENGTH * share.view(1, side, side)))
+    return Image.composite(Image.new("RGB", image.size, RED), image, mask)
 
 
 def save(rows, file):
-    """Writes the rows as one PNG, a text above each picture."""
-    high = PIXELS + MARGIN
-    size = (1 + DRAWN) * PIXELS, len(rows) * high
-    sheet = Image.new("RGB", size, "white")
+    """Writes the rows as one PNG, a text above each image."""
+    height = SIDE + MARGIN
+    sheet = Image.new("RGB", ((1 + SHOWN) * SIDE, len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for row, cells in enumerate(rows):
-        for column, (text, picture) in enumerate(cells):
-            left, top = column * PIXELS, row * high
+        for column, (text, image) in enumerate(cells):
+            left, top = column * SIDE, row * height
             draw.text((left + 4, top + 2), text, "black")
-            sheet.paste(picture, (left, top + MARGIN))
+            sheet.paste(image, (left, top + MARGIN))
     sheet.save(file, "PNG")
