@@ -29,8 +29,8 @@ zero-shot 49.35; none on a benchmark yet.
 Deviations from the official code:
  1. V is fp32 and CLIP may run under autocast; the official code updates V in fp16 without loss
     scaling, where steps below 8e-6 are lost (trainers/coop.py:66,86-96,250).
- 2. If a name ends in punctuation that the tokeniser merges with the dot ("what?."), front and middle
-    put V between the two; the official code puts it behind the merged token (99-100).
+ 2. If a name ends in punctuation that the tokeniser joins to the dot ("what?."), front and middle
+    put V between the two; the official code puts it behind the joint token (99-100).
  3. --init with a word of several tokens is refused: the official code misplaces such words in front
     and middle, and at the end does not learn their surplus tokens (75-79,110). --init with --csc is
     refused too; the official code ignores --csc then (72-80).
@@ -53,7 +53,7 @@ EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}  # by shots, else 200 (COOP.md
 class Config(common.Config):
     n_ctx: int = 16  # M, context vectors
     csc: bool = False  # class-specific contexts: one V per class
-    position: Literal["end", "middle", "front"] = "end"  # of the class name in the prompt
+    position: Literal["end", "middle", "front"] = "end"  # of the class name
     init: str = ""  # words that initialise V ("a photo of a"; sets M); "" = N(0, 0.02^2)
 
     usual_model: ClassVar[str] = "RN50"
@@ -88,13 +88,14 @@ class PromptLearner(nn.Module):
     def forward(self, clip, names, places):
         """w (K, D), the unit text features of the classes that embed() embedded."""
         before, after = self.ctx[:, : self.before], self.ctx[:, self.before :]
+        K, _, d_t = names.tail.shape
         if self.after:
-            K, _, d_t = names.tail.shape
             index = places[..., None].expand(-1, -1, d_t)
             tail = names.tail.scatter(1, index, after.expand(K, -1, -1))  # Eq. 2
             names = names._replace(tail=tail)
-        of_class = torch.arange(len(names.tail), device=clip.device) if self.csc else None
-        return F.normalize(common.encode_prompts(clip, names, before, of_class), dim=-1)  # Eq. 1, 3
+        each = torch.arange(K, device=clip.device) if self.csc else None
+        w = common.encode_prompts(clip, names, before, each)  # Eq. 1
+        return F.normalize(w, dim=-1)  # Eq. 3
 
 
 def learnables(cfg, clip, data):
@@ -125,7 +126,7 @@ def classifier(cfg, clip, prompt, data, target):
     """w (K, D) of the class names of target, a common.Dataset; data: the one trained on. Raises
     common.Error."""
     if cfg.csc and target.classnames != data.classnames:
-        raise common.Error(f"--csc learns contexts of its own classes, not of {target.name}'s")
+        raise common.Error(f"--csc: no contexts were learned for {target.name}'s classes")
     return prompt(clip, *prompt.embed(clip, target.classnames))
 
 

@@ -12,18 +12,16 @@
     (4)  S_c = reshape(W [f_c ; f_t]), f_t of c's task  560-568               with --class_context
     (5)  w_c = n(g([S]_1 ... [S]_M [CLASS]_c .))        374-394,583,590-597   S of c's task, or c's
     (6)  f = n(image feature)                           572,582
-    (7)  L = mean over the batch of CE(s <f, w_c>, y) over the classes c of the image's own task
-                                                        796-816               official "Eq. (8)"
-    (8)  with V and class_rate r < 1, (7) is over the classes of the batch and, of each task,
-         ceil(r x others), sampled in each step         599-632,818-856
+    (7)  L = mean over images of CE(s <f, w_c>, y)      796-816               their "Eq. (8)"
+         over the classes c of the image's own task
+    (8)  with V and class_rate r < 1: over those in the batch, and ceil(r x the others) of each
+         task, sampled in every step                    599-632,818-856
 
-The numbers are ours, the lines those of trainers/mtcoop.py. A --baseline learns S itself, without
-equations 1 to 4 (trainers/mtcoop_hard.py:80-89). Prompts are built as in coop.py; U, V, W and a
-baseline's S are initialised from N(0, 0.02^2). Fig. 2 b calls m, n, M: M, K, L.
+The numbers are ours, the lines those of trainers/mtcoop.py; a --baseline learns S without equations
+1 to 4 (mtcoop_hard.py:80-89). Prompts are as in coop.py, initial values from N(0, 0.02^2).
 
 Ding et al., "Multi-task prompt tuning with soft context sharing for vision-language models",
-Neurocomputing 603, 128290, 2024; https://arxiv.org/abs/2208.13474
-official code: github.com/kding1225/softcpt, commit 7cab4b9
+Neurocomputing 603, 2024; arxiv.org/abs/2208.13474; github.com/kding1225/softcpt, commit 7cab4b9
 
     python softcpt.py --dataset general10 --shots 16
     python softcpt.py --dataset my_birds,my_boats --tasks "bird species,boat type recognition"
@@ -31,28 +29,22 @@ official code: github.com/kding1225/softcpt, commit 7cab4b9
 Result on shapes,textures,colours, 4 shots: 81.38 ± 2.20 % (n = 3), zero-shot 71.78; else none.
 
 Deviations from the official code, and its quirks that we keep:
- 1. One optimiser and schedule step per batch and epoch. --official: the official code registers one
-    optimiser three times, with a class context four (726-736), so it takes 3 (4) steps per gradient
-    and per epoch.
- 2. task_n_ctx is 4, as in the official commands (README.md:59-72); the paper's parameter counts fit
-    8.
+ 1. One optimiser step per batch. --official: the official code registers one optimiser three times,
+    with V four (726-736), so it takes 3 (4) steps per gradient and per epoch of the schedule.
+ 2. task_n_ctx is 4, as in the official README.md:59-72; the paper's parameter counts fit 8.
  3. The few-shot split of each task is CoOp's. The official code samples it in forked workers, so it
     is not reproducible (datasets/general10.py:83-87).
- 4. Numbers are only roughly comparable: General-10 uses CoOp's split files (the official ones are
-    not public) and our own task names; Plant-6, RS-8 and Fashion-20, comma lists of folders, are
-    not re-split.
+ 4. General-10 has CoOp's split files and our task names, because theirs are not public, so numbers
+    are only roughly comparable. Folders of Plant-6 and Fashion-20 are not re-split.
  5. Kept: f_t and f_c are not normalised (553-570), W has no bias (463,480), tasks are not
-    re-weighted (812-814); accuracy is the mean over classes for PER_CLASS and Fashion-20. fp32
-    learnables, not fp16.
- 6. The official test of base to new cannot load its own prompts on General-10 (497-499,890-895);
-    ours can.
+    re-weighted (812-814), accuracy is by class for PER_CLASS and Fashion-20. fp32, not fp16.
+ 6. The official base-to-new test cannot load its prompts on General-10 (497-499,890-895).
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -77,24 +69,24 @@ PER_CLASS = ["caltech101", "fgvc_aircraft", "oxford_flowers", "oxford_pets"]
 
 @dataclass
 class Config(common.Config):
-    dataset: str = "shapes,textures,colours"  # tasks: general10, or a comma list of data sets
+    dataset: str = "shapes,textures,colours"  # general10, or a comma list of data sets
     tasks: str = ""  # comma list of the tasks' names; "" = made of the data sets' names
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context vectors of the task names
-    task_context: Literal["shared", "specific"] = "shared"  # U: one (TA), or one per task (TS)
+    task_context: Literal["shared", "specific"] = "shared"  # U: TA, or TS
     class_n_ctx: int = 4  # n, learned context vectors of the class names
-    class_context: Literal["none", "shared", "specific"] = "none"  # V: NA, CA, or per class (CS)
+    class_context: Literal["none", "shared", "specific"] = "none"  # V: NA, CA, CS
     class_rate: float = 0.0  # share of other classes per step; 0 = General-10: 0.1, else 1
-    baseline: Literal["", "one context", "one per task"] = ""  # no W: CoOp-MT, or CoOp-CA, joint
+    baseline: Literal["", "one context", "one per task"] = ""  # no W: CoOp-MT, or CoOp-CA
     official: bool = False  # repeated optimiser steps, as the official code
 
     usual_model: ClassVar[str] = "RN50"
 
 
 class SoftContext(nn.Module):
-    """The learnables: task_ctx U, class_ctx V and the meta-network W; of a baseline ctx S alone."""
+    """The learnables: task_ctx U, class_ctx V and meta-network W; of a baseline ctx S alone."""
 
-    def __init__(self, cfg, clip, n_tasks, n_classes):
+    def __init__(self, cfg, clip, T, K):
         super().__init__()
 
         def context(rows, length):
@@ -103,12 +95,11 @@ class SoftContext(nn.Module):
         self.baseline = cfg.baseline
         self.with_classes = cfg.class_context != "none" and not cfg.baseline
         if cfg.baseline:
-            self.ctx = context(n_tasks if cfg.baseline == "one per task" else 1, cfg.n_ctx)
+            self.ctx = context(T if cfg.baseline == "one per task" else 1, cfg.n_ctx)
             return
-        self.task_ctx = context(n_tasks if cfg.task_context == "specific" else 1, cfg.task_n_ctx)
+        self.task_ctx = context(T if cfg.task_context == "specific" else 1, cfg.task_n_ctx)
         if self.with_classes:
-            rows = n_classes if cfg.class_context == "specific" else 1
-            self.class_ctx = context(rows, cfg.class_n_ctx)
+            self.class_ctx = context(K if cfg.class_context == "specific" else 1, cfg.class_n_ctx)
         width = 2 * clip.D if self.with_classes else clip.D
         self.meta = nn.Linear(width, cfg.n_ctx * clip.d_t, bias=False)
         nn.init.normal_(self.meta.weight, std=0.02)
@@ -117,65 +108,49 @@ class SoftContext(nn.Module):
         """w (K, D), unit text features of words, the Words of K classes of any tasks."""
         of = words.task  # (K,) which row of S is each class's
         if self.baseline:
-            S = rows_of(self.ctx, words.tasks)  # (1 or T, M, d_t)
+            S = self.ctx if len(self.ctx) == 1 else self.ctx[words.tasks]  # (1 or T, M, d_t)
         else:
             x = f_t = encode_own(clip, words.titles, self.task_ctx, words.tasks)  # Eq. 1
             if self.with_classes:
                 f_c = encode_own(clip, words.short_names, self.class_ctx, words.columns)  # Eq. 2
-                own = F.embedding(of, f_t)  # f_t[task]; sums its gradient in fixed order
-                x = torch.cat([f_c, own], 1)
+                x = torch.cat([f_c, F.embedding(of, f_t)], 1)  # gradients summed in fixed order
                 of = torch.arange(len(x), device=clip.device)
             S = self.meta(x).unflatten(1, (-1, clip.d_t))  # Eq. 3, 4, (T or K, M, d_t)
         return F.normalize(common.encode_prompts(clip, words.names, S, of), dim=-1)  # Eq. 5
 
 
-def rows_of(ctx, rows):
-    """Some rows of specific contexts; of a shared context, which is one row, that."""
-    return ctx if len(ctx) == 1 else ctx[rows]
-
-
 def encode_own(clip, names, ctx, rows):
-    """Features of names, each behind its own context, or all behind a shared one."""
-    ctx = rows_of(ctx, rows)
-    each = torch.arange(len(ctx), device=clip.device) if len(ctx) > 1 else None
+    """Features of names, each behind its own row of ctx, or all behind a shared context."""
+    ctx = ctx if len(ctx) == 1 else ctx[rows]
+    each = torch.arange(len(ctx), device=clip.device)
     return common.encode_prompts(clip, names, ctx, each)
 
 
-@dataclass
-class Words:
-    """Class names and what their prompts need: names embedded for S, short_names for V, titles (the
-    tasks' names) for U; task (K,): the title of each class; tasks and columns: which rows of
-    specific U and V are theirs."""
+class Words(NamedTuple):
+    """Class names embedded for S and for V, titles for U, and which rows of U and V are theirs."""
 
     names: common.Names
     short_names: common.Names
     titles: common.Names
-    task: torch.Tensor
-    tasks: slice
-    columns: slice
+    task: torch.Tensor  # (K,) the title of each class
+    tasks: slice  # rows of a specific U
+    columns: slice  # rows of a specific V
 
     def select(self, columns):
         """The Words of some of the classes; columns: their indices, on the CPU."""
-        there = common.to_device(columns, self.task.device)
-        names, short_names = (
-            common.Names.of(n.sos, n.tail.index_select(0, there), n.eot[columns])
-            for n in (self.names, self.short_names)
-        )
-        changed = {"names": names, "short_names": short_names, "columns": there}
-        return dataclasses.replace(self, task=self.task[there], **changed)
+        there, of = common.to_device(columns, self.task.device), common.Names.of
+        both = [of(n.sos, n.tail.index_select(0, there), n.eot[columns]) for n in self[:2]]
+        return Words(*both, self.titles, self.task[there], self.tasks, there)
 
 
-def words_of(cfg, clip, classnames, titles, task, tasks=slice(None), columns=slice(None)):
+def words_of(cfg, clip, names, titles, task, tasks=slice(None), columns=slice(None)):
     """The Words of class names and titles; task: each class's title, on the CPU."""
-    names = common.embed_names(clip, classnames, cfg.n_ctx)
-    short_names = common.embed_names(clip, classnames, cfg.class_n_ctx)
-    titles = common.embed_names(clip, titles, cfg.task_n_ctx)
-    task = common.to_device(task, clip.device)
-    return Words(names, short_names, titles, task, tasks, columns)
+    texts = (names, cfg.n_ctx), (names, cfg.class_n_ctx), (titles, cfg.task_n_ctx)
+    embedded = [common.embed_names(clip, *text) for text in texts]
+    return Words(*embedded, common.to_device(task, clip.device), tasks, columns)
 
 
-@dataclass
-class Tasks:
+class Tasks(NamedTuple):
     """The data sets learned together; a column is a class among those of all tasks."""
 
     sets: list  # of common.Dataset
@@ -185,21 +160,20 @@ class Tasks:
 
     def union(self):
         """One Dataset of all tasks' training images, labelled by column."""
-        train, classnames = [], []
-        for d, first in zip(self.sets, self.first, strict=True):
-            train += [(image, y + first, c) for image, y, c in d.train]
-            classnames += d.classnames
-        return self.sets[0]._replace(train=train, classnames=classnames)
+        pairs = zip(self.sets, self.first, strict=True)
+        train = [(path, y + first, c) for d, first in pairs for path, y, c in d.train]
+        names = [c for d in self.sets for c in d.classnames]
+        return self.sets[0]._replace(train=train, classnames=names)
 
 
 def load_tasks(cfg):
     """The Tasks of cfg.dataset with their few-shot splits. Raises common.Error."""
-    names = [*GENERAL10] if cfg.dataset == "general10" else cfg.dataset.split(",")
-    rest = dataclasses.replace(cfg, transfer="")  # which the first task reads for all
-    sets = [
-        common.few_shot(rest if i else cfg, common.load_dataset(name, cfg.data))
-        for i, name in enumerate(names)
-    ]
+    sets = []
+    for name in GENERAL10 if cfg.dataset == "general10" else cfg.dataset.split(","):
+        options = vars(cfg) | ({"transfer": ""} if sets else {})  # read with the first task
+        sets.append(common.few_shot(Config(**options), common.load_dataset(name, cfg.data)))
+        if not sets[-1].train:
+            raise common.Error(f"{name} has no training images, so it cannot be a task")
     return tasks_of(cfg, sets)
 
 
@@ -208,8 +182,7 @@ def tasks_of(cfg, sets):
     titles = [title.strip() for title in cfg.tasks.split(",") if title.strip()]
     titles = titles or [title_of(d.name) for d in sets]
     if len(titles) != len(sets) or len({d.name for d in sets}) < len(sets):
-        twice = "--dataset lists a task twice, or --tasks does not name each task once"
-        raise common.Error(f"--dataset {cfg.dataset}: {twice}")
+        raise common.Error("--dataset has a task twice, or --tasks does not name each once")
     sizes = torch.tensor([len(d.classnames) for d in sets])
     first = (sizes.cumsum(0) - sizes).tolist()
     return Tasks(sets, titles, first, torch.arange(len(sets)).repeat_interleave(sizes))
@@ -217,13 +190,11 @@ def tasks_of(cfg, sets):
 
 def title_of(name):
     """A data set's task in words."""
-    words = name.rsplit("/", 1)[-1].replace("_", " ")
-    return GENERAL10.get(name, f"{words} classification")
+    return GENERAL10.get(name, name.rsplit("/", 1)[-1].replace("_", " ") + " classification")
 
 
 def task_loss(logits, labels, column_task):
-    """Mean cross-entropy over each image's own task's columns. logits (B, K) over the classes of
-    all tasks; labels (B,): columns; column_task (K,)."""
+    """Mean cross-entropy over each image's own task's columns: logits (B, K), labels (B,)."""
     foreign = column_task != column_task[labels][:, None]  # (B, K)
     return F.cross_entropy(logits.masked_fill(foreign, -math.inf), labels)  # Eq. 7
 
@@ -246,18 +217,12 @@ def learnables(cfg, clip, data):
     return SoftContext(cfg, clip, len(data.sets), len(data.column_task)).to(clip.device)
 
 
-def repeats_of(cfg, clip, prompt):
-    """Optimiser steps per gradient: 1, or those of the official code. Raises common.Error."""
-    if not cfg.official or cfg.baseline:
-        return 1
-    if clip.half is torch.float16:
-        raise common.Error("--official repeats steps, which GradScaler cannot do; --precision fp32")
-    return 3 + prompt.with_classes
-
-
 def train(cfg, clip, tasks, prompt):
     """Learns U, V and W on all tasks at once."""
-    union, repeats = tasks.union(), repeats_of(cfg, clip, prompt)
+    union, official = tasks.union(), cfg.official and not cfg.baseline
+    repeats = 3 + prompt.with_classes if official else 1  # optimiser steps per gradient
+    if official and clip.half is torch.float16:
+        raise common.Error("--official needs --precision fp32: GradScaler cannot repeat steps")
     optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or 50)
     images = common.Loader(cfg, clip, union)
     images.crops = [d.crop for d in tasks.sets for _ in d.train]
@@ -284,20 +249,18 @@ def train(cfg, clip, tasks, prompt):
 
 
 def classifier(cfg, clip, prompt, data, target):
-    """w (K, D) of the class names of target, a task of data, the Tasks, or another. Raises
-    common.Error."""
+    """w (K, D) of target's class names, a task of data, the Tasks, or another. Raises Error."""
     names = [d.name for d in data.sets]
     known = target.name in names
     t = names.index(target.name) if known else 0
     per_task = cfg.task_context == "specific" or cfg.baseline == "one per task"
     per_class = prompt.with_classes and cfg.class_context == "specific"
     if (per_task and not known) or (per_class and target.classnames != data.sets[t].classnames):
-        raise common.Error(f"task- or class-specific contexts were not trained for {target.name}")
+        raise common.Error(f"specific contexts were not trained for {target.name}'s classes")
     title = data.titles[t] if known else title_of(target.name)
     K, first = len(target.classnames), data.first[t]
-    task = torch.zeros(K, dtype=torch.long)
-    rows = slice(t, t + 1), slice(first, first + K)
-    return prompt(clip, words_of(cfg, clip, target.classnames, [title], task, *rows))
+    rows = torch.zeros(K, dtype=torch.long), slice(t, t + 1), slice(first, first + K)
+    return prompt(clip, words_of(cfg, clip, target.classnames, [title], *rows))
 
 
 def main(cfg):

@@ -73,6 +73,7 @@ class UnifiedPrompt(nn.Module):  # Fig. 1 c
         super().__init__()
         if not cfg.n_ctx or not 0 <= cfg.dropout < 1:
             raise common.Error("--n_ctx must be at least 1, --dropout at least 0 and below 1")
+        clip.blocks()  # raises for a ResNet
         d_t, d_v = clip.d_t, clip.d_v
         self.official = cfg.official
         self.n_text = 0 if cfg.side == "visual" else cfg.n_ctx
