@@ -122,8 +122,7 @@ class SoftContext(nn.Module):
 def encode_own(clip, names, ctx, rows):
     """Features of names, each behind its own row of ctx, or all behind a shared context."""
     ctx = ctx if len(ctx) == 1 else ctx[rows]
-    each = torch.arange(len(ctx), device=clip.device)
-    return common.encode_prompts(clip, names, ctx, each)
+    return common.encode_prompts(clip, names, ctx, torch.arange(len(ctx), device=clip.device))
 
 
 class Words(NamedTuple):
@@ -154,7 +153,7 @@ class Tasks(NamedTuple):
     """The data sets learned together; a column is a class among those of all tasks."""
 
     sets: list  # of common.Dataset
-    titles: list  # each task's name, in words
+    titles: list  # each task's name
     first: list  # each task's first column
     column_task: torch.Tensor  # (K,) the task of each column, on the CPU
 
@@ -182,7 +181,8 @@ def tasks_of(cfg, sets):
     titles = [title.strip() for title in cfg.tasks.split(",") if title.strip()]
     titles = titles or [title_of(d.name) for d in sets]
     if len(titles) != len(sets) or len({d.name for d in sets}) < len(sets):
-        raise common.Error("--dataset has a task twice, or --tasks does not name each once")
+        problem = "it has a task twice, or --tasks does not name each once"
+        raise common.Error(f"--dataset {cfg.dataset}: {problem}")
     sizes = torch.tensor([len(d.classnames) for d in sets])
     first = (sizes.cumsum(0) - sizes).tolist()
     return Tasks(sets, titles, first, torch.arange(len(sets)).repeat_interleave(sizes))
