@@ -1,13 +1,15 @@
-"""Tables and figures of all recorded runs: python common.py report [--plot FILE] [--study FILE].
+"""Tables of all recorded runs, and published numbers beside those of the same setting.
 
-Reads every results.json below --out. Cells are mean ± std (ddof 0) over the seeds, from full
-precision, with their number in brackets; H of an average is that of the averaged base and new
-accuracies. Beside runs in the setting of a published number stands that number (beside.py).
+    python -m tests.tools.report --out runs
+    python -m tests.tools.report --plot FILE    accuracy against shots, loss per epoch (matplotlib)
+
+A row of results belongs to a cell by its own config, not by where its file lies. A cell is the mean
+± std (ddof 0) over seeds, with their number in brackets, or the number of one seed. H is that of
+the means. An average is over the seeds that have all data sets.
 """
 
 import argparse
 import json
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -16,243 +18,254 @@ from typing import NamedTuple
 import numpy as np
 
 import common
+import coop
+import dpt
+import enprompt
 import softcpt
-from tests.tools import beside, figures
-from tests.tools.beside import cell, harmonic, markdown
+import upt
+from tests.tools import plots, published
+from tests.tools.published import (
+    FEW_SHOT,
+    HALVES,
+    TASKS,
+    TRANSFER,
+    averaged,
+    cell,
+    differences,
+    harmonic,
+    markdown,
+)
 
-ORDER = "zero_shot coop dpt upt enprompt softcpt".split()  # of the tables' lines
-BACKBONES = {"coop": "RN50", "softcpt": "RN50", "dpt": "ViT-B-32"}  # of --model "", else ViT-B-16
-CUT = re.compile(".{150}[0-9a-f]{16}")  # what common.run_folder makes of a long name
-IN_TABLES = {"dataset", "shots", "seed", "model"}  # options that need not stand in a label too
+CONFIGS = {
+    "zero_shot": common.ZeroShot,  # in the tables' order
+    "coop": coop.Config,
+    "dpt": dpt.Config,
+    "upt": upt.Config,
+    "enprompt": enprompt.Config,
+    "softcpt": softcpt.Config,
+}
+IN_TITLES = {"dataset", "shots", "model", "classes", "seed"}  # options that a label leaves out
 
 
-class Run(NamedTuple):
-    """One row of a results.json, as the tables need it."""
+class Setting(NamedTuple):
+    """What the runs of a line of a table have in common, beside the data set."""
 
-    method: str
-    label: str  # the method and its options that are not the default
     model: str
-    source: str  # the data set, or comma list of tasks, trained on
-    on: str  # the data set evaluated on
-    classes: str
     shots: int
+    kind: str
+    source: str  # what was trained on; few-shot and base to new: "" for a single data set
+    method: str
+    options: tuple  # (name, value) pairs that are not the method's default
+
+    @property
+    def label(self):
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options)])
+
+
+class Row(NamedTuple):
+    """One evaluation of one run."""
+
+    setting: Setting
+    on: str  # the data set evaluated on
+    half: str  # of its classes: all, base or new
     seed: int
     value: float
-    zero: float  # zero-shot CLIP's value
+    zero: float  # zero-shot CLIP's
     per_class: bool  # whether these are means over the classes' accuracies
-    transferred: bool
-    side: str  # of UPT
-    variances: dict  # of UPT's study: {"text": within classes, "visual": between them}
+    facts: dict  # what seeds of one mean should share
+    losses: list
 
 
 def read(out):
-    """The Runs below a folder, of repeated ones the latest. A file that is no record of ours is
-    named on stderr. Raises Error where there is none."""
+    """The Rows below a folder; of one seed the latest counts. Files that hold no row are named on
+    stderr. Raises Error."""
     latest = {}
-    for path in sorted(Path(out).rglob("results.json"), key=lambda path: path.stat().st_mtime):
+    paths = sorted(Path(out).rglob("results/*.json"), key=lambda path: path.stat().st_mtime)
+    for path in paths:
         try:
-            rows = json.loads(common.regular(path).read_text("utf-8"))
-            runs = [run_of(row, path.parent.name) for row in rows]
-        except Exception as problem:  # what a foreign file holds is of any kind
-            common.say(f"left out: {path} is no record of ours ({problem!r})", sys.stderr)
+            row = row_of(json.loads(path.read_text("utf-8")))
+        except Exception as problem:  # a foreign file may hold anything
+            print(f"left out: {path} is no row of results ({problem!r})", file=sys.stderr)
             continue
-        for run in runs:
-            setting = run.label, run.model, run.source, run.on, run.classes, run.shots, run.seed
-            latest[setting] = run
+        key = row.setting, row.on, row.half, row.seed
+        if key in latest and latest[key].value != row.value:
+            print(f"{path} replaces an earlier row of the same options and seed", file=sys.stderr)
+        latest[key] = row
     if not latest:
-        raise common.Error(f"{out}: no results.json in it or below; --out names another folder")
-    return sorted(latest.values(), key=lambda run: (place(run.method), run.label))
+        raise common.Error(f"{out} holds no results; --out names another folder")
+    return sorted(latest.values(), key=lambda row: (place(row.setting), row.seed))
 
 
-def place(method):
-    """Where a method stands in the tables; unknown ones come last."""
-    return ORDER.index(method) if method in ORDER else len(ORDER)
+def place(setting):
+    """Where a setting stands among the others."""
+    methods = [*CONFIGS]
+    at = methods.index(setting.method) if setting.method in methods else len(methods)
+    kind = (FEW_SHOT, TASKS, HALVES, TRANSFER).index(setting.kind)
+    return setting.model, setting.shots, kind, setting.source, at, setting.label
 
 
-def run_of(row, folder):
-    """The Run of a row in a run's folder. Raises some built-in error for what is no row of ours."""
+def row_of(row):
+    """The Row of a JSON object. Raises some built-in error for what is none of ours."""
     config, method, on = row["config"], row["method"], row["evaluated_on"]
-    transferred = on in config["transfer"].split(",") and on not in row["dataset"].split(",")
     per_class = method == "softcpt" and (on in softcpt.PER_CLASS or "fashion20" in on)
     kind = "mean_class_" if per_class else ""
-    value, zero = (float(row[kind + key]) for key in ("accuracy", "zero_shot"))
-    text, visual = (float(row[f"{where}_class_variance"]) for where in ("intra", "inter"))
-    words = method, on, row["dataset"], row["classes"], row["model"]
-    if not all(isinstance(word, str) for word in words):
-        raise TypeError("a name that is no text")
-    return Run(
-        method,
-        label_of(method, config, folder, transferred),
-        row["model"] or own_model(method, row["dataset"]),
-        row["dataset"],
-        on,
-        row["classes"],
-        int(row["shots"]),
-        int(row["seed"]),
-        value,
-        zero,
-        per_class,
-        transferred,
-        str(config.get("side", "")),
-        {"text": text, "visual": visual},
-    )
+    trained = row["trained"] or row["evaluated"]
+    facts = {"code": trained["source"], "precision": trained["precision"]}
+    facts |= {"evaluating code": row["evaluated"]["source"]}
+    facts |= {"evaluating precision": row["evaluated"]["precision"]}
+    facts |= {name: row[name] for name in ("activation", "n_train", "n_test")}
+    value, zero = float(row[kind + "accuracy"]), float(row[kind + "zero_shot"])
+    losses = [float(loss) for loss in trained.get("losses", [])]
+    setting = setting_of(method, config, on, row["classes"])
+    seed = int(config["seed"])
+    return Row(setting, on, row["classes"], seed, value, zero, per_class, facts, losses)
 
 
-def own_model(method, dataset):
-    """What --model "" stands for."""
-    world = common.drawn_world()
-    if world and dataset.split(",")[0] in world.TASKS:
-        return "tiny CLIP"
-    return BACKBONES.get(method, "ViT-B-16")
+def setting_of(method, config, on, half):
+    """The Setting of a run evaluated on a data set, or a half of its classes."""
+    usual = CONFIGS.get(method, common.Config)
+    names = dict.fromkeys([*vars(usual()), *config])  # an option may have gone or be new
+    options = []
+    for name in names:
+        value = config.get(name, "?")
+        default = getattr(usual, name, None)
+        if name not in IN_TITLES.union(common.NOT_LEARNED) and value != default:
+            options.append((name, value))
+    dataset, base = config["dataset"], config["classes"] == "base"
+    tasks = list(softcpt.GENERAL10) if dataset == "general10" else dataset.split(",")
+    source = dataset if len(tasks) > 1 else ""
+    if half != "all":
+        kind = HALVES
+    elif on in tasks and not base:
+        kind = TASKS if source else FEW_SHOT
+    else:
+        kind, source = TRANSFER, dataset + ", base classes" * base
+    model = config["model"].replace("/", "-" if ":" not in config["model"] else "/")
+    if not model:
+        model = "tiny CLIP" if tasks[0] in common.SYNTHETIC else usual.usual_model
+    return Setting(model, config["shots"], kind, source, method, tuple(options))
 
 
-def label_of(method, config, folder, transferred):
-    """The method and the options in its folder's name; of a name that was cut, all of them."""
-    named = set(config) - set(common.NOT_LEARNED)
-    if not CUT.fullmatch(folder):
-        named = {option_before(part, config) for part in folder.split("=")[:-1]}
-    if not transferred:
-        named.discard("classes")  # then the table says base and new
-    words = [method]
-    for name, value in config.items():
-        if name in named - IN_TABLES:
-            words.append(f"{name}={value}")
-    return " ".join(words)
+# -------------------------------------------------------------------------------- tables
 
 
-def option_before(part, config):
-    """The option whose name ends a part of a folder's name: n_ctx of "16shots_seed1_n_ctx"."""
-    fitting = [name for name in config if part.endswith(f"_{name}")]
-    return max(fitting, key=len, default="")
+def grouped(rows, key):
+    """{key of a row: the rows that share it}, in their order."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return groups
 
 
-def grouped(runs):
-    """{label: {data set: [value per seed]}} with zero-shot CLIP first."""
-    table = {"zero-shot": {run.on: [run.zero] for run in reversed(runs)}}
-    for run in runs:
-        if run.label != "zero_shot":
-            values = table.setdefault(run.label, {})
-            values.setdefault(run.on, []).append(run.value)
-    return table
+def values(rows):
+    return {row.seed: row.value for row in rows}
 
 
-def accuracy_table(runs):
-    """One line per method, one column per data set and, where a method has all, their average."""
-    names = sorted({run.on for run in runs})
-    several = len(names) > 1
+def notes(rows):
+    """Lines below a table: what the seeds of its means differ in, and SoftCPT's kind of mean."""
     lines = []
-    for label, values in grouped(runs).items():
-        cells = [cell(values[name]) if name in values else "" for name in names]
-        average = ""
-        if values.keys() >= set(names):
-            average = f"{np.mean([np.mean(values[name]) for name in names]):.2f}"
-        lines.append([label, *cells, average] if several else [label, *cells])
-    return markdown(["method", *names, "average"] if several else ["method", *names], lines)
+    for (setting, on, half), cells in grouped(
+        rows, lambda row: (row.setting, row.on, row.half)
+    ).items():
+        for name, by_seed in differences(cells).items():
+            seeds = ", ".join(f"seed {seed} {value}" for seed, value in by_seed.items())
+            part = "" if half == "all" else f" ({half})"
+            lines.append(f"† {setting.label}, {on}{part}: the seeds differ in {name}: {seeds}.")
+    apart = ", ".join(sorted({row.on for row in rows if row.per_class}))
+    if apart:
+        lines.append(f"On {apart}, SoftCPT's cells are means over the classes' accuracies.")
+    return "".join(f"\n\n{line}" for line in lines)
 
 
-def base_new_table(runs):
-    """Base, new and H, the harmonic mean of their means, of each data set; last the averages."""
-    base = grouped([run for run in runs if run.classes == "base"])
-    new = grouped([run for run in runs if run.classes == "new"])
-    names = sorted({run.on for run in runs})
-    lines = []
-    for label, values in base.items():
-        others = new.get(label, {})
-        both = [name for name in names if name in values and name in others]
-        means = []
-        for name in both:
-            pair = values[name], others[name]
-            means.append([np.mean(half) for half in pair])
-            lines.append([label, name, *map(cell, pair), f"{harmonic(*means[-1]):.2f}"])
-        if both == names and len(names) > 1:
-            b, n = np.mean(means, 0)
-            lines.append([label, "average", f"{b:.2f}", f"{n:.2f}", f"{harmonic(b, n):.2f}"])
+def accuracy_table(rows):
+    """Lines of methods; columns of data sets and, of several, their average."""
+    columns = dict(sorted(grouped(rows, lambda row: row.on).items()))
+    last = ["average"] if len(columns) > 1 else []
+    zeros = [sorted({f"{row.zero:.2f}" for row in column}) for column in columns.values()]
+    lines = [["zero-shot", *map(" / ".join, zeros)]]  # all that there are, if they differ
+    if last:
+        mean = np.mean([np.mean([row.zero for row in column]) for column in columns.values()])
+        lines[0].append(f"{mean:.2f}")
+    for setting, members in grouped(rows, lambda row: row.setting).items():
+        if setting.label == "zero_shot":
+            continue
+        cells = grouped(members, lambda row: row.on)
+        parts = [values(cells[name]) for name in columns]
+        texts = [cell(values(cells[name]), cells[name]) for name in columns]
+        lines.append([setting.label, *texts, *([cell(averaged(parts))] if last else [])])
+    return markdown(["method", *columns, *last], lines)
+
+
+def halves_table(rows):
+    """Base, new and H of each data set; last the averages."""
+    names, lines = sorted({row.on for row in rows}), []
+    for setting, members in grouped(rows, lambda row: row.setting).items():
+        cells = grouped(members, lambda row: (row.on, row.half))
+        pairs = []
+        for name in names:
+            base, new = cells[name, "base"], cells[name, "new"]
+            pairs.append([values(base), values(new)])
+            if base or new:
+                texts = cell(values(base), base), cell(values(new), new)
+                lines.append([setting.label, name, *texts, h_text(*pairs[-1])])
+        if len(names) > 1:
+            means = [averaged(half) for half in zip(*pairs, strict=True)]
+            lines.append([setting.label, "average", *map(cell, means), h_text(*means)])
     return markdown(["method", "data set", "base", "new", "H"], lines)
 
 
-def tables(runs):
-    """All tables as Markdown, by model and shots: few-shot, base-to-new, transfer by source."""
-    text = []
-    for model, shots in sorted({(run.model, run.shots) for run in runs}):
-        some = [run for run in runs if (run.model, run.shots) == (model, shots)]
+def h_text(base, new):
+    H = harmonic(base, new)
+    return "" if H is None else f"{H:.2f}"
+
+
+def tables(rows):
+    """All tables as Markdown, one per model, number of shots, kind and source."""
+    texts = []
+    for (model, shots, kind, source), some in grouped(rows, lambda row: row.setting[:4]).items():
         title = f"{model}, {shots} shots" if shots else f"{model}, all training images or none"
-        own = [run for run in some if not run.transferred]
-        whole = [run for run in own if run.classes == "all"]
-        halves = [run for run in own if run.classes != "all"]
-        if whole:
-            text.append(f"{title}\n\n{accuracy_table(whole)}")
-        if halves:
-            text.append(f"{title}, base to new\n\n{base_new_table(halves)}")
-        for source in sorted({run.source for run in some if run.transferred}):
-            moved = [run for run in some if run.transferred and run.source == source]
-            text.append(f"{title} of {source}, evaluated on\n\n{accuracy_table(moved)}")
-    apart = sorted({run.on for run in runs if run.per_class})
-    if apart:
-        text.append(
-            f"On {', '.join(apart)}, SoftCPT's cells are means over the classes' accuracies; "
-            "so are zero-shot CLIP's where SoftCPT stands alone."
-        )
-    return "\n\n".join(text)
+        title += {
+            FEW_SHOT: "",
+            TASKS: f" of each of {source}",
+            HALVES: f" {source}, base to new",
+        }.get(kind, f" of {source}, transferred to")
+        table = halves_table(some) if kind == HALVES else accuracy_table(some)
+        texts.append(f"{title}\n\n{table}{notes(some)}")
+    return "\n\n".join(texts)
 
 
-class Point(NamedTuple):
-    """Of UPT's study: what prompts of one tower gain over zero-shot CLIP on a data set."""
-
-    side: str
-    run: str
-    dataset: str
-    variance: float
-    gains: list  # one per seed
-
-
-def study(runs):
-    """The Points of UPT's study."""
-    groups = defaultdict(list)
-    for run in runs:
-        if run.side in run.variances and run.classes == "all" and not run.transferred:
-            setting = f"{run.label}, {run.model}, {run.shots} shots"
-            groups[run.side, setting, run.on].append(run)
-    points = []
-    for setting, members in sorted(groups.items()):
-        variance = np.mean([run.variances[run.side] for run in members])
-        points.append(Point(*setting, variance, [run.value - run.zero for run in members]))
-    return points
+def as_json(rows):
+    """A list of objects, one per mean."""
+    objects = []
+    for (setting, on, half), cells in grouped(
+        rows, lambda row: (row.setting, row.on, row.half)
+    ).items():
+        found = [*values(cells).values()]
+        line = setting._asdict() | {"options": dict(setting.options)}
+        line |= {"evaluated_on": on, "classes": half, "seeds": [row.seed for row in cells]}
+        line |= {"mean": np.mean(found), "std": np.std(found), "zero_shot": cells[0].zero}
+        objects.append(line | {"over_classes": cells[0].per_class, "differ": differences(cells)})
+    return json.dumps(objects, indent=1)
 
 
-def study_table(points):
-    lines = []
-    for point in points:
-        kind = "within classes" if point.side == "text" else "between classes"
-        variance = f"{point.variance:.3f} {kind}"
-        lines.append([point.run, point.dataset, variance, cell(point.gains)])
-    return markdown(["run", "data set", "variance", "gain over zero-shot"], lines)
-
-
-def show(text):
-    """Prints text, what its lines cannot show being escaped."""
-    for line in text.split("\n"):
-        common.say(line)
-
-
-def main(argv):
-    """Prints the tables; draws what is asked for. Raises Error."""
-    parser = common.Parser("python common.py report", description=__doc__)
+def main(argv=None):
+    parser = argparse.ArgumentParser("python -m tests.tools.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", default="runs", help="folder of the recorded runs [runs]")
-    parser.add_argument("--plot", default="", help="draw accuracy against shots to this file")
-    parser.add_argument("--study", default="", help="draw UPT's gains against variances")
+    parser.add_argument("--out", default="runs", help="folder of the runs [runs]")
+    parser.add_argument("--plot", default="", help="file for a plot of accuracies and losses")
+    parser.add_argument("--json", action="store_true", help="print the means as JSON")
     options = parser.parse_args(argv)
-    runs = read(options.out)
-    show(tables(runs))
-    comparison = beside.comparison(runs)
-    if comparison:
-        show(f"\nPublished numbers and runs of the same setting\n\n{comparison}")
-    points = study(runs)
-    if points:
-        show(f"\nUPT's study\n\n{study_table(points)}")
+    rows = read(options.out)
     if options.plot:
-        figures.plot(runs, options.plot)
-        show(f"\ndrawn: {options.plot}")
-    if options.study:
-        figures.study(points, options.study)
-        show(f"\ndrawn: {options.study}")
+        plots.plot(rows, options.plot)
+    if options.json:
+        print(as_json(rows))
+        return
+    print(tables(rows))
+    beside = published.comparison(rows)
+    if beside:
+        print(f"\nPublished numbers and runs of the same setting\n\n{beside}")
+
+
+if __name__ == "__main__":
+    common.script(main)

@@ -1,0 +1,115 @@
+"""The report's plot: accuracy against shots, and the loss per epoch."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+import common
+
+COLUMNS = 4  # panels side by side
+
+
+def plot(rows, file):
+    """Draws a panel of accuracies per data set, and one of losses per data set trained on; means
+    ± 1 std over seeds. rows: the report's Rows. Raises Error."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # to files
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise common.Error("--plot needs matplotlib: pip install matplotlib") from None
+    panels = accuracies(rows) | losses(rows)
+    if not panels:
+        raise common.Error("--plot: there is no few-shot accuracy and no loss to draw")
+    colours = {}  # a line keeps its colour in every panel
+    for curves in panels.values():
+        for label, *_ in curves:
+            colours.setdefault(label, f"C{len(colours) % 10}")
+    wide = min(COLUMNS, len(panels))
+    high = -(-len(panels) // wide)
+    size = 3.4 * wide + 3, 2.8 * high
+    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        draw(axis, title, curves, colours)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    handles = [plt.Line2D([], [], color=colour) for colour in colours.values()]
+    figure.legend(handles, colours, fontsize=7, loc="outside right upper")
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=150)
+    except ValueError as problem:  # an unknown type of file
+        raise common.Error(f"{file}: {problem}") from None
+    finally:
+        plt.close(figure)
+
+
+def name_of(setting):
+    """A line's name in the legend."""
+    return ", ".join(filter(None, [setting.label, setting.model, setting.source]))
+
+
+def accuracies(rows):
+    """{title: [(line, text, shots, means, stds)]} of few-shot runs and tasks, and zero-shot CLIP,
+    whose line is level."""
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        if row.setting.kind in ("few-shot", "tasks") and row.setting.shots:
+            lines = found[f"{row.on}: accuracy (%)"]
+            lines[name_of(row.setting)][row.setting.shots].append(row.value)
+            lines[f"zero-shot, {row.setting.model}"][row.setting.shots].append(row.zero)
+    panels = {}
+    for title, lines in found.items():
+        panels[title] = []
+        for line, by_shots in lines.items():
+            shots = sorted(by_shots)
+            means = [np.mean(by_shots[k]) for k in shots]
+            stds = [np.std(by_shots[k]) for k in shots]
+            panels[title].append((line, "", shots, means, stds))
+    return panels
+
+
+def losses(rows):
+    """{title: [(line, shots, epochs, means, stds)]} of all runs that keep their losses."""
+    runs = {}
+    for row in rows:
+        if row.losses and row.setting.kind != "transfer":
+            source = row.setting.source or row.on
+            title = f"{source}: loss" if row.half == "all" else f"{source}, base classes: loss"
+            runs[title, row.setting, row.seed] = row.losses  # the same in every row of a run
+    found = defaultdict(lambda: defaultdict(list))
+    for (title, setting, _), values in runs.items():
+        found[title][setting].append(values)
+    panels = {}
+    for title, lines in found.items():
+        panels[title] = []
+        for setting, seeds in lines.items():
+            epochs = min(map(len, seeds))
+            table = np.array([values[:epochs] for values in seeds])
+            text = f"{setting.shots} shots"
+            curve = range(1, epochs + 1), table.mean(0), table.std(0)
+            panels[title].append((name_of(setting), text, *curve))
+    return panels
+
+
+def draw(axis, title, curves, colours):
+    """One panel; text stands at a curve's end."""
+    for line, text, x, mean, std in curves:
+        mean, std = np.array(mean), np.array(std)
+        style = ":" if line.startswith("zero-shot") else "-"
+        marker = "" if text else "o"
+        axis.plot(x, mean, style, marker=marker, markersize=3, color=colours[line])
+        axis.fill_between(x, mean - std, mean + std, color=colours[line], alpha=0.2, linewidth=0)
+        axis.annotate(text, (x[-1], mean[-1]), fontsize=6)
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+    if title.endswith("loss"):
+        axis.set_xlabel("epoch")
+        return
+    shots = sorted({k for curve in curves for k in curve[2]})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(shots, shots)
+    axis.minorticks_off()
+    axis.set_xlabel("training images per class")
