@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,34 +22,6 @@ def folder(**options):
     return common.run_folder(coop.Config(**options))
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ("--shot 4 --what 3", "--what"),
-        ("--shots four", "--shots"),
-        ("--position back", "--position"),
-        ("--dataset shapse", "shapes"),
-        ("--dataset caltech101", "caltech-101"),
-        ("--transfer nowhere", "nowhere"),
-        ("--model ViT-B-61", "ViT-B-61"),
-        ("--device cuda:99", "cuda:99"),
-        ("--device meta", "--device meta"),
-        ("--n_ctx 0", "nothing to learn"),
-        ("--lr nan", "--lr"),
-        ("--dataset=", "no data set or folder ''"),
-        ("--transfer textures,,nowhere", "nowhere"),
-        ("--load nowhere", "nowhere"),
-        ("--n_ctx 80", "too long"),
-        ("--init of_a", "--init"),
-    ],
-)
-def test_bad_input_ends_in_one_line_that_names_it(shell, arguments, said):
-    code, _, err = shell("coop.py", "--epochs", "1", "--shots", "1", *arguments.split())
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and said in lines[0]
-    assert "Traceback" not in err and err.splitlines()[-1] == lines[0]
-
-
 @pytest.mark.parametrize("method", [coop, dpt, upt, enprompt, softcpt])
 def test_no_number_may_be_below_its_least(method):
     for field in dataclasses.fields(method.Config):
@@ -62,48 +33,49 @@ def test_no_number_may_be_below_its_least(method):
             method.Config(**{name: 0})
 
 
-def test_a_shell_sees_one_line_and_exit_code_2_and_may_close_stderr(world, tmp_path):
-    usual = ["--device", "cpu", "--data", world, "--out", tmp_path]
-    bad = [sys.executable, HERE / "coop.py", "--init", "a photo", "--csc", *usual]
-    good = [sys.executable, HERE / "common.py", "--dataset", "textures", *usual]
-    closed = shlex.join(map(str, good)) + " 2>&-"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    refused, answered = (
-        subprocess.Popen(bad, **pipes),
-        subprocess.Popen(closed, shell=True, **pipes),
-    )
-    lines = refused.communicate()[1].splitlines()
-    assert refused.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: --init")
-    lines = answered.communicate()[0].splitlines()
-    assert answered.returncode == 0 and lines[-1].startswith("textures 0 shots")
+def test_a_shell_sees_one_line_and_exit_code_2():
+    typed = [sys.executable, HERE / "coop.py", "--shots", "-2"]
+    ended = subprocess.run(typed, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: --shots -2: must be at least 0\n"
+
+
+def test_help_holds_the_docstring_and_every_option(shell):
+    code, out, _ = shell("upt.py", "--help")
+    assert code == 0 and upt.__doc__ in out
+    text = " ".join(out.split())
+    for field in dataclasses.fields(upt.Config):
+        assert f"--{field.name}" in text and f"[{field.default}]" in text
+    assert "initial learning rate (SGD, cosine schedule) [0.002]" in text
+    assert "in the transform [0.1]" in text
 
 
 @pytest.mark.parametrize(
     "problem, said",
     [
-        (common.Error("a\nb\x1b[31m"), r"error: a\nb\x1b[31m"),
+        (common.Error("a\nb"), "error: a b"),
         (OSError(2, "No such file", "x.jpg"), "x.jpg"),
         (MemoryError(), "--batch_size"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "--batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch_size"),
         (KeyboardInterrupt(), "interrupted"),
     ],
 )
-def test_a_script_ends_in_one_printable_line(problem, said, capsys):
+def test_a_script_ends_in_one_line(problem, said, capsys):
     def main():
         raise problem
 
     with pytest.raises(SystemExit) as end:
         common.script(main)
     line = capsys.readouterr().err
-    assert end.value.code == 2 and said in line
-    assert line.endswith("\n") and line[:-1].isprintable()
+    assert end.value.code == 2 and said in line and line.count("\n") == 1
 
 
-def test_a_line_shows_what_a_console_cannot_by_its_number():
-    console = io.TextIOWrapper(io.BytesIO(), "ascii", newline="\n")
-    common.say("é 猫\n\udce9", console)
-    assert console.buffer.getvalue() == rb"\xe9 \u732b\n\udce9" + b"\n"
+def test_a_script_prints_what_a_console_lacks_by_its_number(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
+    monkeypatch.setattr(sys, "stdout", console)
+    common.script(lambda: print("é 猫", flush=True))
+    assert console.buffer.getvalue() == rb"%c \u732b" % 0xE9 + b"\n"
 
 
 @pytest.mark.parametrize("problem", [ZeroDivisionError(), RuntimeError("illegal memory access")])
@@ -136,9 +108,7 @@ def test_what_is_not_learned_from_does_not_move_a_run():
     assert folder(**same) == folder() == Path("runs", "coop", "shapes", "16shots_seed1")
 
 
-@pytest.mark.parametrize(
-    "text", ["../../x", "/etc/x", 'a:b*?"<>|', "é猫 🦊", "..", ".", "\udce9", "猫" * 99]
-)
+@pytest.mark.parametrize("text", ["../../x", "/etc/x", 'a:b*?"<>|', "é猫 🦊", "猫" * 99])
 def test_a_folders_name_stays_below_out_and_any_disk_takes_it(text, tmp_path):
     for options in {"dataset": text}, {"init": text}, {"model": text}:
         place = folder(out=str(tmp_path), **options)

@@ -6,17 +6,15 @@ import shlex
 import pytest
 
 import common
-from tests import conftest
-from tests.conftest import HERE
+from tests.conftest import HERE, METHODS
 
 README = (HERE / "README.md").read_text("utf-8")
 RESULTS = (HERE / "tests/RESULTS.md").read_text("utf-8")
-METHODS = ["coop", "dpt", "upt", "softcpt", "enprompt"]
-DOCSTRINGS = "".join(getattr(conftest, name).__doc__ for name in METHODS)
-COMMANDS = set(re.findall(r"python (\w+\.py[^`#|\n;)\[]*)", README + RESULTS + DOCSTRINGS))
+PAGES = README + RESULTS + "".join(method.__doc__ for method in METHODS.values())
+COMMANDS = set(re.findall(r"python (\w+\.py[^`#|\n;)\[]*)", PAGES))
 STAND_INS = {
     "METHOD.py": "upt.py",
-    "WORLD": "shapes",
+    "FILE": "upt.py",
     "SEED": "3",
     "$seed": "2",
     "$SLURM_ARRAY_TASK_ID'": "2",
@@ -56,8 +54,10 @@ def test_the_options_of_a_command_exist(command):
     for word, value in STAND_INS.items():
         command = command.replace(word, value)
     script, *typed = shlex.split(command)
-    if script != "common.py":
-        method = getattr(conftest, script.removesuffix(".py"))
-        assert common.cli(method.Config, typed) != method.Config() or not typed
-    elif typed and typed[0] not in [*common.TOOLS, "NAME"]:
-        assert common.cli(common.ZeroShot, typed) != common.ZeroShot()
+    config = common.ZeroShot if script == "common.py" else METHODS[script[:-3]].Config
+    assert common.cli(config, typed) != config() or not typed
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"python -m tests\.tools\.(\w+)", PAGES))))
+def test_a_tool_that_is_named_exists(name):
+    assert (HERE / f"tests/tools/{name}.py").is_file()
