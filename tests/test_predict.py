@@ -1,7 +1,6 @@
-"""What can be asked of a finished run: python common.py predict and interpret."""
+"""What can be asked of a finished run: python -m tests.tools.predict."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 
 import common
 import coop
@@ -18,9 +16,8 @@ import dpt
 import enprompt
 import softcpt
 import upt
-from tests.tools import ask
-
-METHODS = [coop, dpt, upt, enprompt, softcpt]
+from tests.conftest import METHODS
+from tests.tools import predict
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +27,20 @@ def trained(world, tmp_path_factory):
 
     def train(method, **options):
         usual = {"shots": 1, "epochs": 1, "device": "cpu", "data": str(world), "workers": 1}
-        cfg = method.Config(**usual | {"out": out} | options)
+        cfg = method.Config(**usual | {"dataset": "textures", "out": out} | options)
         run = common.run_folder(cfg)
-        if not (run / "results.json").exists():
+        if not (run / "checkpoint.pt").exists():
             method.main(cfg)
         return str(run)
 
     return train
 
 
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    """A --data folder without a data set: only the tiny CLIP is written there."""
-    return tmp_path_factory.mktemp("no data")
-
-
 @pytest.fixture
-def photos(world, tmp_path):
-    """Three test pictures of the world below tmp_path / "new": two in class folders, one not."""
-    items = common.load_dataset("shapes", world).test[:3]
-    places = [tmp_path / "new" / name for name in ("a/1.png", "b/2.png", "3.png")]
+def images(world, tmp_path):
+    """Three test images of the world below tmp_path / "new": two in class folders, one not."""
+    items = common.load_dataset("textures", world).test[:3]
+    places = [tmp_path / "new" / name for name in ("3.png", "a/1.png", "b/2.png")]
     for (file, *_), place in zip(items, places, strict=True):
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, place)
@@ -57,213 +48,266 @@ def photos(world, tmp_path):
 
 
 @pytest.fixture
-def asked(elsewhere, capsys):
-    """asked(question, ...): (exit code, lines of stdout, lines of stderr)."""
+def asked(capsys):
+    """asked(...): (exit code, lines of stdout, lines of stderr) of the tool."""
 
-    def ask_it(question, *argv):
+    def ask(*argv):
         capsys.readouterr()
         code = 0
         try:
-            common.script(lambda: question([*argv, "--data", str(elsewhere), "--device", "cpu"]))
+            common.script(lambda: predict.main([*map(str, argv), "--device", "cpu"]))
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err.splitlines()
 
-    return ask_it
+    return ask
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-def test_predict_gives_the_softmax_of_the_trained_classifier(
-    method, trained, photos, world, asked, monkeypatch
+def evaluated(run):
+    """The one row of results in a run's folder."""
+    (path,) = Path(run, "results").glob("textures*.json")
+    return json.loads(path.read_text("utf-8"))
+
+
+# ------------------------------------------------------------------------------- accuracies
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accuracy_is_the_recorded_one_without_the_training_images(
+    name, trained, world, asked, tmp_path
 ):
-    made = {}
-    evaluate = common.evaluate
+    """Class by class and image by image, from a data set's name and from a folder, with the CLIP
+    and the test images alone, which moved."""
+    method = METHODS[name]
+    run = trained(method, **({"dataset": "textures,colours"} if method is softcpt else {}))
+    moved = shutil.copytree(world / "shapes/textures/test", tmp_path / "moved/test")
+    clip = shutil.copytree(world / "shapes/clip", tmp_path / "clip")
+    where = "--model", f"local-dir:{clip}", "--data", tmp_path / "nothing"
+    row, names = evaluated(run), sorted(path.name for path in moved.iterdir())
+    code, lines, _ = asked(run, moved, *where)
+    assert code == 0
+    assert lines[0] == f"accuracy {row['accuracy']:.2f} on 8 images"
+    assert lines[1] == f"mean over classes {row['mean_class_accuracy']:.2f}, of 4 to choose from"
+    assert [line.split()[-1] for line in lines[2:6]] == names
+    by_name = asked(run, "--dataset", "textures", "--data", world)
+    assert by_name[:2] == (code, lines)
+    code, lines, errors = asked(run, moved, *where, "--json")
+    answers = [json.loads(line) for line in lines]
+    right = [answer["true"] == answer["predicted"] for answer in answers]
+    assert code == 0 and "accuracy" in errors[0]
+    assert 100 * np.mean(right) == row["accuracy"]
+    for answer in answers:
+        assert answer["true"] == Path(answer["image"]).parent.name
+        assert answer["predicted"] == answer["classes"][0]
+        assert sum(answer["probabilities"]) == pytest.approx(1)
 
-    def spied(cfg, clip, data, classifier, *more):
-        made["clip"], made["classifier"] = clip, classifier
-        return evaluate(cfg, clip, data, classifier, *more)
 
-    options = {"dataset": "textures,shapes"} if method is softcpt else {}
-    run = trained(method, **options)
-    monkeypatch.setattr(common, "evaluate", spied)
-    method.main(method.Config(**common.read_prompt(run)[1]["config"]))
-    data, clip = common.load_dataset("shapes", world), made["clip"]
-    with torch.no_grad():
-        answer = made["classifier"](data)
-        x = common.views(clip, photos)
-        f = common.unit_features(clip, x)
-        logits = answer(x, f) if callable(answer) else clip.scale * f @ answer.T
-    task = ["--task", "shapes"] if method is softcpt else []
-    code, lines, _ = asked(ask.predict, run, *photos, "--json", *task)
+def test_confused_pairs_are_counted(capsys):
+    pairs = [(0, 0), (0, 1), (0, 1), (1, 1), (2, 0)]
+    predict.print_accuracy(pairs, ["cat", "dog", "bird", "fish"], None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "accuracy 40.00 on 5 images",
+        "mean over classes 44.44, of 4 to choose from",
+    ]
+    assert lines[2:5] == ["   33.33 on 3 of cat", "  100.00 on 1 of dog", "    0.00 on 1 of bird"]
+    assert lines[5:] == ["  2 of 3 cat taken for dog", "  1 of 1 bird taken for cat"]
+
+
+def test_a_folder_with_other_classes_is_classified_among_these(trained, images, asked):
+    Path(images[0]).unlink()
+    code, lines, _ = asked(trained(coop), Path(images[0]).parent, "--json")
     answers = [json.loads(line) for line in lines]
     assert code == 0
-    assert [answer["image"] for answer in answers] == photos
-    for answer, p in zip(answers, F.softmax(logits, dim=-1), strict=True):
-        top = p.topk(5)
-        assert answer["classes"] == [data.classnames[k] for k in top.indices]
-        assert answer["probabilities"] == pytest.approx(top.values.tolist(), abs=1e-5)
+    assert [answer["true"] for answer in answers] == ["a", "b"]
+    assert {*answers[0]["classes"]} == {"a", "b"}
 
 
-def test_names_given_on_the_spot_are_chosen_from(trained, photos, asked, elsewhere):
-    run = trained(coop, init="a photo", lr=0.0)  # at its start: zero-shot CLIP with "a photo"
-    code, lines, _ = asked(ask.predict, run, photos[0], "--names", "red star, blue_ring", "--json")
-    clip = common.load_clip(f"local-dir:{elsewhere}/shapes/clip", device="cpu")
+def test_some_of_the_runs_classes_are_classified_among_all_of_them(trained, world, asked, tmp_path):
+    test = world / "shapes/textures/test"
+    shutil.copytree(test / "plain", tmp_path / "own/test/plain")
+    (tmp_path / "own/train").mkdir()
+    code, lines, _ = asked(trained(coop, csc=True), tmp_path / "own")
+    assert code == 0
+    assert lines[1].endswith("of 4 to choose from")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [(coop, {"csc": True}), (softcpt, {"class_context": "specific"})]
+)
+def test_contexts_of_classes_are_refused_for_other_classes(method, options, trained, images, asked):
+    run = trained(method, **options)
+    learned = "striped,plain,dotted,checkered"
+    assert asked(run, images[0], "--names", learned)[0] == 0
+    code, _, errors = asked(run, images[0], "--names", "cat,dog")
+    assert code == 2
+    assert errors == [
+        "error: the contexts of this run belong to its own classes: checkered, dotted, plain, ..."
+    ]
+
+
+# ------------------------------------------------------------------------- unlabelled images
+
+
+def test_names_given_on_the_spot_are_chosen_from(trained, images, asked, world):
+    run = trained(coop, init="a photo", lr=0.0)  # its initial value: zero-shot CLIP with "a photo"
+    code, lines, _ = asked(run, images[0], "--names", "red star, blue_ring", "--json")
+    clip = common.load_clip(common.Config(model=f"local-dir:{world}/shapes/clip", device="cpu"))
     texts = clip.encode_text(clip.tokenize(["a photo red star.", "a photo blue ring."]))
-    f = common.unit_features(clip, common.views(clip, photos[:1]))
+    view = common.preprocess(common.decode(images[0]), clip.image_size)
+    f = common.unit_features(clip, common.normalize(clip, [view]))
     p = F.softmax(clip.scale * f @ F.normalize(texts, dim=-1).T, dim=-1)[0].tolist()
     answer = json.loads(lines[0])
     found = dict(zip(answer["classes"], answer["probabilities"], strict=True))
     assert code == 0
     assert found == pytest.approx({"red star": p[0], "blue_ring": p[1]}, abs=1e-4)
-    assert "two class names" in asked(ask.predict, run, photos[0], "--names", "cat")[2][0]
-    assert "'cat' twice" in asked(ask.predict, run, photos[0], "--names", "cat,dog,cat")[2][0]
+    for names in "cat", "cat,dog,cat":
+        assert "two different class names" in asked(run, images[0], "--names", names)[2][0]
 
 
-def test_folders_are_searched_and_a_broken_picture_stops_no_other(trained, photos, asked, tmp_path):
+def test_folders_are_searched_and_a_broken_image_stops_no_other(trained, images, asked, tmp_path):
     run = trained(coop)
-    (tmp_path / "new/a/broken.jpg").write_bytes(b"no picture")
-    (tmp_path / "new/.hidden.png").write_bytes(b"no picture")
+    (tmp_path / "new/a/broken.jpg").write_bytes(b"no image")
+    (tmp_path / "new/.hidden.png").write_bytes(b"no image")
     (tmp_path / "new/folder.png").mkdir()
-    code, lines, errors = asked(ask.predict, run, str(tmp_path / "new"))
-    assert sorted(line.split(".png: ")[0] + ".png" for line in lines) == sorted(photos)
+    code, lines, errors = asked(run, tmp_path / "new", "--top", "2")
+    assert [line.split(": ")[0] for line in lines] == images
+    assert all(line.count("%") == 2 for line in lines)
     assert code == 2
     assert "broken.jpg" in errors[0]
-    assert "1 of 4 pictures" in errors[-1]
-    for place, reason in ("absent", "nothing is there"), ("new/folder.png", "no picture in it"):
-        code, _, errors = asked(ask.predict, run, str(tmp_path / place))
-        assert code == 2
-        assert place in errors[-1].replace("\\", "/")
-        assert reason in errors[-1]
+    assert errors[1:] == ["error: 1 of 4 images could not be read"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
-def test_a_picture_of_any_name_is_answered_in_one_line(trained, photos, asked, tmp_path):
-    place = tmp_path / "a\nb.png"
-    shutil.copy(photos[0], place)
-    (tmp_path / "c\nd.png").write_bytes(b"no picture")
-    code, lines, errors = asked(ask.predict, trained(coop), str(place), str(tmp_path / "c\nd.png"))
-    assert (code, len(lines), len(errors)) == (2, 1, 2)
-    assert "a\\nb.png: " in lines[0] and "c\\nd.png: " in errors[0]
-
-
-def test_a_task_that_was_not_learned_is_one_line(trained, photos, asked):
-    run = trained(softcpt, dataset="shapes,textures")
-    code, _, errors = asked(ask.predict, run, photos[0], "--task", "birds")
+def test_a_task_is_asked_by_its_name(trained, images, asked):
+    run = trained(softcpt, dataset="textures,colours")
+    code, lines, _ = asked(run, images[0], "--task", "colours", "--json")
+    known = common.load_dataset(
+        "colours", json.loads(Path(run, "results/colours.json").read_text())["config"]["data"]
+    )
+    assert code == 0
+    assert {*json.loads(lines[0])["classes"]} <= {*known.classnames}
+    code, _, errors = asked(run, images[0], "--task", "birds")
     assert code == 2
-    assert len(errors) == 1
-    assert "'birds'" in errors[0] and "shapes, textures" in errors[0]
-
-
-def rewritten(run, **changes):
-    """Changes what a run's prompt says of itself."""
-    tensors, about = common.read_prompt(run)
-    metadata = {"about": json.dumps(about | changes)}
-    save_file(tensors, Path(run, "prompt.safetensors"), metadata)
-
-
-def test_a_run_that_cannot_be_loaded_is_one_line(trained, photos, asked, tmp_path):
-    run = shutil.copytree(trained(coop), tmp_path / "run")
-    about = common.read_prompt(run)[1]
-    wrong = {
-        "by 'os'": {"method": "os"},  # no module is imported because a file names it
-        "this version": {"config": about["config"] | {"flavour": 1}},
-        "another CLIP": {"CLIP": "0"},
-        "does not fit": {"config": about["config"] | {"n_ctx": 3}},
-        "--n_ctx cannot be": {"config": about["config"] | {"n_ctx": "3"}},
-    }
-    for reason, changes in wrong.items():
-        rewritten(run, **about | changes)
-        code, _, errors = asked(ask.predict, str(run), photos[0])
-        assert code == 2
-        assert reason in errors[-1]
-    code, _, errors = asked(ask.interpret, str(tmp_path))
-    assert code == 2
-    assert "prompt.safetensors" in errors[-1]
+    assert errors == ["error: --task birds: this run was trained on textures, colours"]
 
 
 def test_enprompt_keeps_the_strengthening_feature_of_its_training_classes(
-    trained, photos, asked, monkeypatch
+    trained, images, asked, monkeypatch
 ):
-    run = trained(enprompt)
-    seen = []
-    classifier = enprompt.classifier
+    run, seen, classifier = trained(enprompt), [], enprompt.classifier
 
     def spied(cfg, clip, prompt, data, target):
         seen.append((len(data.classnames), target.classnames))
         return classifier(cfg, clip, prompt, data, target)
 
     monkeypatch.setattr(enprompt, "classifier", spied)
-    assert asked(ask.predict, run, photos[0], "--names", "star,ring")[0] == 0
-    assert seen == [(40, ["star", "ring"])]
+    assert asked(run, images[0], "--names", "star,ring")[0] == 0
+    assert seen == [(4, ["star", "ring"])]
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run": {"method": "os"}}, "was trained by os, not by coop"),
+        ({"run": {"CLIP": "0"}}, "was trained with another CLIP"),
+        ({"run": {"number of epochs": 2}}, "is not finished"),
+        ({"config": {"flavour": 1}}, "another --flavour"),
+        ({"trained": {"source": "0", "commit": "abc"}}, "by other code: coop.py at commit abc"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_told_in_one_line(
+    change, reason, trained, images, asked, tmp_path
+):
+    run = shutil.copytree(trained(coop), tmp_path / "run")
+    state = common.read_checkpoint(run / "checkpoint.pt")
+    for part, values in change.items():
+        state[part] |= values
+    torch.save(state, run / "checkpoint.pt")
+    code, _, errors = asked(run, images[0])
+    assert code == (0 if "trained" in change else 2)
+    assert len(errors) == 1
+    assert reason in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ([], "one of IMAGES, --dataset NAME and --interpret"),
+        (["--interpret", "--names", "a,b"], "are for IMAGES"),
+        (["--dataset", "textures", "--task", "textures"], "are for IMAGES"),
+        (
+            ["x.png", "--attention", "a.png"],
+            "was trained by coop.py; --attention needs a run of dpt",
+        ),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused(argv, reason, trained, asked, tmp_path):
+    code, _, errors = asked(trained(coop), *argv)
+    assert code == 2
+    assert len(errors) == 1 and reason in errors[0]
+    assert asked(tmp_path, "x.png")[2][-1].endswith("is not a run: it has no checkpoint.pt")
+
+
+# ---------------------------------------------------------------------- interpret, attention
 
 
 def test_interpret_finds_the_words_that_a_context_is_made_of(trained, asked):
     run = trained(coop, init="a photo of", lr=0.0)
-    code, lines, _ = asked(ask.interpret, run)
+    code, lines, _ = asked(run, "--interpret")
     for line, word in zip(lines, ["a", "photo", "of"], strict=False):
         assert f": {word} (0.000)" in line
     assert code == 0
-    assert len(lines) == 4
-    assert "warn" in lines[-1]
+    assert len(lines) == 4 and "warn" in lines[-1]
 
 
-def test_interpret_reads_upt_behind_its_transform_without_dropout(trained, asked):
-    run = trained(upt, n_ctx=2)
-    _, lines, _ = asked(ask.interpret, run)
-    tensors, about = common.read_prompt(run)
-    prompt = upt.UnifiedPrompt(upt.Config(**about["config"]), 128, 128)
-    prompt.load_state_dict(tensors)
-    V, P = prompt.eval()()
-    assert f"vector 2, norm {V[0, 1].norm():.3f}" in lines[1]
-    norms = [f"{norm:.3f}" for norm in P.norm(dim=-1).tolist()]
-    assert lines[2].split()[-2:] == norms
-    assert len(lines) == 4
-
-
-def test_interpret_names_the_tensors_of_each_method(trained, asked):
+def test_interpret_reads_each_methods_contexts(trained, asked):
     beginnings = {
-        dpt: ["ctx, vector 1", "norms of visual prompts, layer 1"],
-        enprompt: ["norms of visual prompts, layer 4"],
-        softcpt: ["task_ctx, vector 4", "class_ctx, vector 1"],
+        dpt: "ctx 1, vector 1:",
+        upt: "ctx 1, vector 4:",
+        softcpt: "task_ctx 1, vector 4:",
     }
-    for method, expected in beginnings.items():
-        tasks = {"dataset": "shapes,textures", "class_context": "shared"}
-        _, lines, _ = asked(ask.interpret, trained(method, **(tasks if method is softcpt else {})))
-        for beginning in expected:
-            assert any(line.startswith(beginning) for line in lines)
+    for method, beginning in beginnings.items():
+        lines = asked(trained(method), "--interpret")[1]
+        assert any(line.startswith(beginning) for line in lines)
+    run = predict.load_run(trained(upt), device="cpu")
+    V, words = run.prompt.eval()()[0], run.clip.token_embedding.weight
+    near = torch.cdist(V[0], words).min(1).values
+    lines = asked(trained(upt), "--interpret")[1]
+    assert all(f"({d:.3f})" in line for d, line in zip(near, lines, strict=False))
 
 
-def test_attention_is_drawn_red_over_the_picture(trained, photos, asked, tmp_path):
-    file = tmp_path / "map.png"
-    run = trained(dpt)
-    code, lines, errors = asked(ask.predict, run, photos[2], "--attention", str(file))
-    assert code == 0
-    assert str(file) in errors[-1]
-    sheet = np.asarray(Image.open(file)).astype(float)[16:]  # below the class names
-    assert sheet.shape == (224, 4 * 224, 3)
-    photo, first = sheet[:, :224], sheet[:, 224:448]
-    change = (first - photo).mean((0, 1))
-    assert change[0] - change[1:].mean() > 5
-    code, _, errors = asked(ask.predict, trained(coop), photos[2], "--attention", str(file))
-    assert code == 2
-    assert "only a run of dpt.py" in errors[-1]
+def test_attention_is_red_over_the_image_where_the_prompt_looks(
+    trained, images, asked, monkeypatch, tmp_path
+):
+    """A class that frozen CLIP did not select has no prompt, and its cell says so."""
+    encode = dpt.encode
 
-
-def test_attention_shows_the_patch_that_the_prompt_looks_at(trained, photos, asked, monkeypatch):
-    """A in the corner, where all the attention goes to the last patch, is red; the rest is not."""
-    encode, sheets = dpt.encode, []
-
-    def fixed(clip, prompt, images, T, top):
-        v, layer_logits, maps = encode(clip, prompt, images, T, top)
+    def fixed(clip, prompt, x, T, top):
+        v, layer_logits, maps = encode(clip, prompt, x, T, top)
         A = torch.zeros_like(maps[-1])
         A[..., 16] = 1.0  # 0 is the class token; 1 to 16 the patches
         return v, layer_logits, [A]
 
     monkeypatch.setattr(dpt, "encode", fixed)
-    monkeypatch.setattr(ask.attention, "save", lambda rows, file: sheets.extend(rows))
-    run = trained(dpt)
-    assert asked(ask.predict, run, photos[0], "--attention", "map.png")[0] == 0
-    (_, photo), (_, first), *_ = sheets[0]
-    change = np.abs(np.asarray(first).astype(float) - np.asarray(photo)).sum(2)
-    assert change[180:, 180:].mean() > 20 * change[:140, :140].mean()
+    rows, save = [], predict.attention.save
+    monkeypatch.setattr(
+        predict.attention, "save", lambda cells, file: (rows.extend(cells), save(cells, file))
+    )
+    monkeypatch.setattr(dpt, "selected", lambda cfg, z, T0: (z @ T0.T).topk(2).indices)
+    file = tmp_path / "map.png"
+    code, lines, errors = asked(trained(dpt), *images, "--attention", file, "--top", "3")
+    assert code == 0 and errors[-1].startswith(f"{file}: red is where")
+    assert np.asarray(Image.open(file)).shape == (3 * 240, 4 * 224, 3)
+    for line, ((_, image), *cells) in zip(lines, rows, strict=True):
+        for answer, (text, cell) in zip(line.split(": ")[1].split(", "), cells, strict=True):
+            assert answer.startswith(text.split(":")[0])  # the classes predicted, in this order
+            change = np.abs(np.asarray(cell).astype(float) - np.asarray(image)).sum(2)
+            if text.endswith("no prompt"):
+                assert not change.any()
+            else:
+                assert change[180:, 180:].mean() > 20 * change[:140, :140].mean()
+    assert any("no prompt" in text for row in rows for text, _ in row)

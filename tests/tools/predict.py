@@ -73,7 +73,8 @@ def load_run(run, **overrides):
         commit = trained["commit"]
         print(f"{run} was trained by other code: {name}.py at commit {commit}", file=sys.stderr)
     if clip.fingerprint != identity["CLIP"]:
-        raise common.Error(f"{run} was trained with another CLIP than {common.model_name(cfg)}")
+        now = f"--model {cfg.model!r} --pretrained {cfg.pretrained!r}"
+        raise common.Error(f"{run} was trained with another CLIP than that of {now}")
     sets = []
     for dataset, classnames in identity["class names"].items():
         template = identity["templates"][dataset]

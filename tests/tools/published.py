@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-import softcpt
-
 FEW_SHOT, TASKS, HALVES, TRANSFER = "few-shot", "tasks", "base to new", "transfer"  # kinds of rows
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
 # Options that papers leave open, so that a run with them stands beside the same numbers
@@ -79,50 +77,50 @@ def protocols(row):
 
 
 def ours_of(rows):
-    """{(Setting, protocol): {data set or mean: {seed: accuracy}}}; H has its value alone."""
+    """{Setting whose kind is a protocol: {data set or mean: {seed: accuracy}}}; H has one value."""
     found = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         for protocol in protocols(row):
-            # A transferred prompt's source and kind are told by its protocol
-            setting = row.setting._replace(
-                kind="", source=row.setting.source * (protocol in SUITES)
-            )
-            found[setting, protocol][row.on][row.seed] = row.value
-    for (_, protocol), sets in found.items():
-        if protocol not in SUITES:
-            for title, names in PUBLISHED["means"].items():
-                if sets.keys() >= set(names):
-                    sets[title] = averaged([sets[name] for name in names])
-        elif len(sets) == SUITES[protocol][0] or len(sets) == len(softcpt.GENERAL10):
-            sets[protocol] = averaged([*sets.values()])
-    for (setting, protocol), sets in [*found.items()]:
-        if protocol == "base":
-            for name, base in sets.items():
-                H = harmonic(base, found.get((setting, "new"), {}).get(name, {}))
-                found[setting, "H"][name] = {} if H is None else {"of the means": H}
+            source = row.setting.source if protocol in SUITES else ""
+            setting = row.setting._replace(kind=protocol, source=source)
+            found[setting][row.on][row.seed] = row.value
+    for setting, sets in [*found.items()]:
+        means = PUBLISHED["means"]
+        if setting.kind in SUITES:
+            complete = len(sets) == SUITES[setting.kind][0]
+            means = {setting.kind: [*sets]} if complete else {}
+        for title, names in means.items():
+            if sets.keys() >= set(names):
+                sets[title] = averaged([sets[name] for name in names])
+    for setting, sets in [*found.items()]:
+        new = found.get(setting._replace(kind="new"), {})
+        if setting.kind == "base" and new:
+            for name in sets.keys() & new.keys():
+                H = harmonic(sets[name], new[name])
+                found[setting._replace(kind="H")][name] = {} if H is None else {"of means": H}
     return found
 
 
-def is_same(number, setting, protocol):
+def is_same(number, setting):
     """Whether a published number is of a run's setting."""
     method, options = PUBLISHED["methods"][number["method"]]
-    if number["method"] == "CoOp" and protocol != "few-shot":  # CoCoOp's protocols
+    if number["method"] == "CoOp" and number["protocol"] != "few-shot":  # CoCoOp's protocols
         options = options | {"init": "a photo of a"}
+    protocol = number["dataset"] if number["protocol"] == "suite" else number["protocol"]
+    wanted = method, options, number["backbone"], number["shots"], protocol
     own = {name: value for name, value in setting.options if OPEN.get(name) != value}
     model = setting.model.removesuffix("-quickgelu")
-    wanted = number["dataset"] if number["protocol"] == "suite" else number["protocol"]
-    ours = setting.method, own, model, setting.shots, protocol
-    return ours == (method, options, number["backbone"], number["shots"], wanted)
+    return wanted == (setting.method, own, model, setting.shots, setting.kind)
 
 
 def comparison(rows):
     """Published numbers beside ours of the same setting, as Markdown; "" where there are none."""
-    lines, sources = [], {}
+    ours, lines, sources = ours_of(rows), [], {}
     for entry in PUBLISHED["numbers"]:
         number = dict(zip(PUBLISHED["columns"], entry, strict=True))
-        for (setting, protocol), sets in ours_of(rows).items():
+        for setting, sets in ours.items():
             found = sets.get(number["dataset"])
-            if not found or not is_same(number, setting, protocol):
+            if not found or not is_same(number, setting):
                 continue
             gap = np.mean([*found.values()]) - number["value"]
             far = len(found) > 1 and abs(gap) > 2 * np.std([*found.values()])
