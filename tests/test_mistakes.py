@@ -82,7 +82,7 @@ enprompt.py --transfer own | class name '猫é.* is too long | own/a,LONG/1.jpg,
 softcpt.py --transfer own | class name '猫é.* is too long | own/a,LONG/1.jpg,2.jpg
 coop.py --dataset own --classes base | class name '猫é.* is too long | own/a,b,c,LONG/1.jpg,2.jpg
 coop.py --csc --classes base | --csc
-coop.py --csc --transfer colours | --csc .*colours
+coop.py --csc --transfer colours | --csc.*colours
 softcpt.py --class_context specific --classes base | specific .* textures
 softcpt.py --class_context specific --transfer colours | specific .* colours
 softcpt.py --task_context specific --transfer colours | specific .* colours

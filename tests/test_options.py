@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import common
 import coop
@@ -56,9 +55,6 @@ def test_help_holds_the_docstring_and_every_option(shell):
         (common.Error("a\nb"), "error: a b"),
         (OSError(2, "No such file", "x.jpg"), "x.jpg"),
         (MemoryError(), "--batch_size"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--batch_size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch_size"),
-        (KeyboardInterrupt(), "interrupted"),
     ],
 )
 def test_a_script_ends_in_one_line(problem, said, capsys):
