@@ -111,7 +111,7 @@ def test_features_and_gradients_are_those_of_the_whole_sequence(odd, position, c
 
 @pytest.mark.parametrize("csc, position, cut", [(False, "end", 4), (True, "middle", 2)])
 def test_training_is_the_equations_by_hand(clip, tmp_path, csc, position, cut):
-    options = {"n_ctx": 4, "csc": csc, "position": position, "epochs": 2, "out": tmp_path}
+    options = {"n_ctx": 4, "csc": csc, "position": position, "epochs": 2, "out": str(tmp_path)}
     cfg, prompt = initial(clip, **options)
     before = prompt.ctx.detach().clone()
     V, velocity = before, 0
@@ -175,7 +175,7 @@ def test_training_lowers_the_loss_on_its_own_images(clip, tmp_path):
     data = toy(12)
     f = common.unit_features(clip, normalized(clip, data))
     labels = torch.tensor([item[1] for item in data.train])
-    cfg, prompt = initial(clip, epochs=30, out=tmp_path)
+    cfg, prompt = initial(clip, epochs=30, out=str(tmp_path))
 
     def loss():
         return F.cross_entropy(clip.scale * f @ features(cfg, clip, prompt).T, labels).item()

@@ -56,7 +56,7 @@ def test_an_overflow_in_fp16_is_skipped_on_the_device(world):
     p = torch.nn.Parameter(torch.ones(1, device=DEVICE))
     optimizer = common.Optimizer(common.Config(), clip, [p], 2)
     before = optimizer.scaler.get_scale()
-    optimizer.step((p * float("inf")).sum())
+    optimizer.step((p * 1e34).sum())
     assert p.item() == 1 and optimizer.scaler.get_scale() == before / 2
     optimizer.end_epoch()
     optimizer.step(p.sum())
@@ -67,7 +67,7 @@ def test_an_overflow_in_fp16_is_skipped_on_the_device(world):
 def test_a_run_ends_near_the_one_on_the_cpu(fit, tmp_path, name):
     prompts = []
     for device in "cpu", DEVICE:
-        options = {"device": device, "out": tmp_path / device, "precision": "fp32"}
+        options = {"device": device, "out": str(tmp_path / device), "precision": "fp32"}
         fit(METHODS[name], batch_size=8, epochs=2, **options)
         (path,) = (tmp_path / device).rglob("checkpoint.pt")
         prompts.append(common.read_checkpoint(path)["prompt"])
