@@ -124,8 +124,7 @@ class Measured(NamedTuple):
 
 
 class Kept(saved_tensors_hooks):
-    """Notes the sizes of the distinct tensors that this block keeps for a backward pass, without
-    CLIP's weights."""
+    """Notes the sizes of the tensors that this block keeps for a backward pass, but CLIP's."""
 
     def __init__(self, clip):
         super().__init__(self.note, lambda tensor: tensor)
@@ -243,8 +242,8 @@ def rows(name, clip, classes, images, folder):
     for sets in worlds:
         ours, plain = (measure(method, cfg, clip, sets, path) for path in ({}, PLAIN))
         cells = [f"{name}, {sum(len(d.classnames) for d in sets)} classes"]
-        cells += [f"{plain.seconds:.2f}", f"{ours.seconds:.3f}"]
-        cells += [f"{plain.seconds / ours.seconds:.1f}"]
+        seconds = plain.seconds, ours.seconds, plain.seconds / ours.seconds
+        cells += [f"{number:.3g}" for number in seconds]
         cells += [f"{path.kept / 2**20:.1f}" if path.kept else "" for path in (plain, ours)]
         cells += [relative(ours.losses, plain.losses), relative(ours.gradients, plain.gradients)]
         yield [*cells, str(launches)]
@@ -258,11 +257,8 @@ def relative(ours, plain):
 
 def main(argv=None):
     """Prints the table, each row as soon as it is measured."""
-    parser = argparse.ArgumentParser(
-        "python -m tests.tools.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", default="", help="default: cuda if available, else cpu")
     parser.add_argument("--classes", default="100,1000", help="numbers of classes")
     parser.add_argument("--images", type=int, default=32, help="images of an epoch")
