@@ -44,10 +44,9 @@ def model(seed, config=SMALL, **options):
     return open_clip.CLIP(**config, **options).eval()
 
 
-def load(model="ViT-B-16", pretrained="", **options):
-    return common.load_clip(
-        common.Config(model=model, pretrained=pretrained, **{"device": "cpu"} | options)
-    )
+def load(model="ViT-B-16", pretrained="", device="cpu", **options):
+    cfg = common.Config(model=model, pretrained=pretrained, device=device, **options)
+    return common.load_clip(cfg)
 
 
 def refusal(*arguments, **options):
@@ -166,7 +165,7 @@ def test_a_weights_file_gives_the_model_that_it_was_saved_from(small, capsys, ki
 def test_openais_own_archive_is_read_with_quick_gelu_and_no_other(small, monkeypatch, capsys):
     quick = model(1, quick_gelu=True)
     path = save(traced(quick))
-    assert "not a state dict" in refusal("ViT-B-16", path)
+    assert "state dict" in refusal("ViT-B-16", path)
     url = f"https://host/{common.sha256(open(path, 'rb').read())}/ViT-B-16.pt"
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: {"url": url})
     clip = load("ViT-B-16", path)
@@ -194,9 +193,9 @@ BAD = {
 def test_a_weights_file_of_another_kind_or_model_is_refused(small, tmp_path, kind):
     line = refusal("ViT-B-16", save(BAD[kind](small.state_dict())))
     other_model = [*BAD].index(kind) > [*BAD].index("broken")
-    assert ("another model than --model ViT-B-16" if other_model else "not a state dict") in line
-    if isinstance(content := BAD[kind]({}), bytes):
-        assert "not a state dict" in refusal("ViT-B-16", save(content, "weights.safetensors"))
+    assert ("another model" if other_model else "state dict") in line and "ViT-B-16" in line
+    if kind in ("text", "empty", "broken"):
+        assert "state dict" in refusal("ViT-B-16", save(BAD[kind]({}), "weights.safetensors"))
     assert not (tmp_path / "made").exists()  # no code was run
 
 
