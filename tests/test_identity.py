@@ -299,7 +299,7 @@ def test_a_damaged_or_earlier_checkpoint_is_named_and_no_code_in_it_runs(
     else:
         torch.save(STATES[kind](torch.load(path), tmp_path), path)
     before = contents(tmp_path)
-    with pytest.raises(common.Error, match="checkpoint.pt .*; --force retrains"):
+    with pytest.raises(common.Error, match="checkpoint.pt.*--force retrains"):
         fit(coop, **OPTIONS)
     assert contents(tmp_path) == before
     fit(coop, force=True, **OPTIONS)

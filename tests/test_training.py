@@ -63,8 +63,8 @@ def living():
 
 def test_many_runs_in_one_process_take_no_more_memory(fit):
     counts = []
-    for seed in range(4):
+    for seed in range(3):
         for name in METHODS:
             fit(METHODS[name], seed=seed, **TEXTURES | INTERRUPTED[name])
         counts.append(living())
-    assert counts[1] == counts[2] == counts[3]  # the first may fill caches
+    assert counts[1] == counts[2]  # the first round may fill caches
