@@ -35,22 +35,23 @@ def record(monkeypatch):
     and modules, and of normalize and cross_entropy."""
     found = defaultdict(set)
 
-    def note(name, x):
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            found[name].add(x.dtype)
-        for part in x if isinstance(x, tuple | list) else ():
-            note(name, part)
-        return x
+    def note(name, *values):
+        for x in values:
+            if isinstance(x, tuple | list):
+                note(name, *x)
+            elif isinstance(x, torch.Tensor) and x.is_floating_point():
+                found[name].add(x.dtype)
+        return values[-1] if values else None
 
     def noted(name, function):
-        return lambda *x, **more: note(name, [x, function(*x, **more)])[1]
+        return lambda *x, **more: note(name, x, function(*x, **more))
 
     def record(method, prompt):
         own = [(method, name) for name, _ in inspect.getmembers(method, inspect.isfunction)]
         for place, name in [*own, (F, "normalize"), (F, "cross_entropy")]:
             monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
         for module in prompt.modules():
-            module.register_forward_hook(lambda m, *values: note(type(m).__name__, values))
+            module.register_forward_hook(lambda m, *values: note(type(m).__name__, *values))
         return found
 
     return record
