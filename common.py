@@ -15,8 +15,7 @@ Chapters, in the order in which a method uses them:
 
 Letters, the same in all files: B batch, K classes, M context vectors, N patches, L layers, d_t and
 d_v widths of the text and the image tower, D joint width; f image features, w text features.
-"Official" are KaiyangZhou/CoOp, commit ff61507, and KaiyangZhou/Dassl.pytorch, commit c61a1b5;
-tests/AUDIT.md lists the lines.
+"Official" are KaiyangZhou/CoOp, commit ff61507, and Dassl.pytorch, c61a1b5 (tests/AUDIT.md).
 """
 
 import argparse
@@ -28,6 +27,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -113,23 +113,23 @@ def cli(cls, argv=None):
     source = inspect.getsource(Config) + inspect.getsource(cls)
     notes = dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.M))
     for field in dataclasses.fields(cls):
-        kind = {"type": field.type}
+        choices, note = get_args(field.type), f"{notes[field.name]} [{field.default}]"
+        kind = {"choices": choices} if choices else {"type": field.type}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif get_args(field.type):
-            kind = {"choices": get_args(field.type)}
-        kind["help"] = f"{notes[field.name]} [{field.default}]"
-        parser.add_argument(f"--{field.name}", default=field.default, **kind)
+        parser.add_argument(f"--{field.name}", default=field.default, help=note, **kind)
     return cls(**vars(parser.parse_args(argv)))
 
 
 def script(main):
     """Runs main(). Invalid input, full memory and Ctrl-C end in one line and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # Windows
+    # open_clip warns of random weights, which --pretrained "" asks for
+    logging.getLogger().addFilter(lambda record: "initialized randomly" not in record.msg)
     try:
         return main()
     except (Error, OSError) as problem:
-        line = " ".join(str(problem).split())
+        line = shorten(str(problem), 300)
     except (RuntimeError, MemoryError) as problem:
         if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
             raise
@@ -525,7 +525,7 @@ def few_shot(cfg, data=None):
     """The few-shot subset of data (by default cfg.dataset), with --classes base of the first half
     of its classes; .new has the second, .transfer the sets of --transfer. Raises Error."""
     data = sample_few_shot(data or load_dataset(cfg.dataset, cfg.data), cfg.shots, cfg.seed)
-    names = filter(None, map(str.strip, cfg.transfer.split(",")))
+    names = [name.strip() for name in cfg.transfer.split(",") if name.strip()]
     data = data._replace(transfer=tuple(load_dataset(name, cfg.data) for name in names))
     show(data, data.train + data.test)
     for target in data.transfer:
@@ -552,7 +552,7 @@ def show(data, used):
 
 def load_dataset(name, root="data"):
     """The Dataset of a benchmark, a synthetic set or a folder; lists, no images. Raises Error."""
-    if name not in BENCHMARKS and name not in SYNTHETIC:
+    if name not in {**BENCHMARKS, **SYNTHETIC}:
         return from_own_folder(name)
     if Path(name).is_dir() and Path(name) != Path(root, name):
         raise Error(f"{name} is a known data set and a folder here; ./{name} means the folder")
@@ -592,8 +592,8 @@ def from_split_file(name, split, images):
             [(f"{images}/{path}", int(y), str(c)) for path, y, c in lists[part]]
             for part in ("train", "test")
         )
-    except (ValueError, TypeError, LookupError):
-        raise OSError(f"{split} is damaged") from None
+    except Exception:  # a list can hold anything
+        raise OSError(f"{split} is missing or damaged") from None
     names = {y: c for _, y, c in train + test}
     return checked(name, train, test, [names[y] for y in sorted(names)])
 
@@ -605,7 +605,7 @@ def from_aircraft_lists(name, folder, images):
 
     def items(part):
         lines = (folder / f"images_variant_{part}.txt").read_text("utf-8").splitlines()
-        pairs = [line.split(" ", 1) for line in lines]
+        pairs = (line.split(" ", 1) for line in lines)
         return [(f"{images}/{i}.jpg", variants.index(v), v) for i, v in pairs]
 
     return checked(name, items("train"), items("test"), variants)
@@ -630,8 +630,8 @@ def from_wordnet_folders(name, images):
 
 def from_own_folder(name):
     """FOLDER/{train,test}/<class>/*.jpg, or FOLDER/<class>/*.jpg with a fixed 70/30 split."""
-    folder = Path(name)
-    if not name or not folder.is_dir():
+    folder = Path(name or " ")
+    if not folder.is_dir():
         hint = difflib.get_close_matches(name, [*BENCHMARKS, *SYNTHETIC], 4)
         if not shapes:
             hint = "none (synthetic ones need tests/tools/shapes.py)"
@@ -818,7 +818,7 @@ class Loader:
         batches = self.order(epoch)
         augmented = prefetch(self.cfg.workers, lambda i: self.augmented(epoch, i), batches)
         pairs = zip(batches, augmented, strict=True)
-        for batch, images in tqdm(pairs, f"epoch {epoch + 1}", len(batches), leave=False):
+        for batch, images in tqdm(pairs, "steps", len(batches), leave=False):
             yield normalize(self.clip, images), to_device(self.labels[batch], self.clip.device)
 
     def augmented(self, epoch, i):
