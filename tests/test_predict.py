@@ -86,6 +86,9 @@ def test_accuracy_is_the_recorded_one_without_the_training_images(
     where = "--model", f"local-dir:{clip}", "--data", tmp_path / "nothing"
     row, names = evaluated(run), sorted(path.name for path in moved.iterdir())
     code, lines, _ = asked(run, moved, *where)
+    loaded = predict.load_run(run, device="cpu").prompt.state_dict()
+    saved = common.read_checkpoint(Path(run, "checkpoint.pt"))["prompt"]
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved | loaded)
     assert code == 0
     assert lines[0] == f"accuracy {row['accuracy']:.2f} on 8 images"
     assert lines[1] == f"mean over classes {row['mean_class_accuracy']:.2f}, of 4 to choose from"
