@@ -96,6 +96,8 @@ class Config:
             least = 1 if field.name in ("batch_size", "workers") else 0
             if field.type in (int, float) and not value >= least:
                 raise Error(f"--{field.name} {value}: must be at least {least}")
+            if field.type is str:
+                setattr(self, field.name, str(value))  # a Path will do
         self.dataset = ",".join(name.strip().rstrip("/") for name in self.dataset.split(","))
 
 
@@ -105,9 +107,8 @@ NOT_LEARNED = "transfer device data out workers force".split()  # change no lear
 def cli(cls, argv=None):
     """The Config class cls, filled from the command line."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # the description holds it; so an error is one line
-        description="usage: python FILE [--option value ...]\n\n"
-        + sys.modules[cls.__module__].__doc__,
+        usage=argparse.SUPPRESS,  # the description has commands, and an error is one line
+        description=sys.modules[cls.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = inspect.getsource(Config) + inspect.getsource(cls)
@@ -131,7 +132,7 @@ def script(main):
     except (Error, OSError) as problem:
         line = shorten(str(problem), 300)
     except (RuntimeError, MemoryError) as problem:
-        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
+        if str(problem) and "allocate" not in str(problem):  # torch's word
             raise
         line = "out of memory: lower --batch_size or use a smaller --model"
     except KeyboardInterrupt:
@@ -169,10 +170,9 @@ def file_name(text):
     return name if len(name) < 200 else name[:150] + sha256(name)[:16]
 
 
-def sha256(content):
-    """The SHA-256 of bytes, or of anything's text, in hexadecimal digits."""
-    content = content if isinstance(content, bytes) else str(content).encode()
-    return hashlib.sha256(content).hexdigest()
+def sha256(x):
+    """The SHA-256 of bytes, or of a text, number or list, in hexadecimal digits."""
+    return hashlib.sha256(x if isinstance(x, bytes) else str(x).encode()).hexdigest()
 
 
 def seed_of(*numbers):
@@ -316,7 +316,7 @@ def check_encoders(name, model, tokenize):
         theirs = model.encode_text(tokenize(["a photo."])), model.encode_image(image)
         x, y = F.normalize(torch.cat(ours)), F.normalize(torch.cat(theirs))
         same = torch.allclose(x, y, atol=1e-4)
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         same = False
     if not same:
         raise Error(f"--model {name}: its encoders are not those of OpenAI's CLIP; try ViT-B-16")
@@ -543,8 +543,9 @@ def show(data, used):
     names = shorten(", ".join(data.classnames), 50, placeholder=" ...")
     counts = f"{len(data.train)} training and {len(data.test)} test images"
     print(f"{data.name}{synthetic}: {len(data.classnames)} classes ({names}), {counts}")
-    if not any(map(str.isalpha, "".join(data.classnames))):
-        print(f"{data.name}: no class name has a letter; CLIP needs words")
+    wordless = [c for c in data.classnames if c.upper() == c.lower()]
+    if wordless:
+        print(f"{data.name}: class name {wordless[0]!r} has no letter; CLIP needs words")
     bad = [path for path, *_ in used if not os.path.isfile(path) or not os.path.getsize(path)]
     if bad:
         raise Error(f"{data.name}: {len(bad)} images missing or empty, as {bad[0]}")
@@ -575,17 +576,18 @@ def from_benchmark(name, root):
             data = from_aircraft_lists(name, folder, images)
         else:
             data = from_wordnet_folders(name, images)
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
         how = "see DATASETS.md of KaiyangZhou/CoOp"
         if (TOOLS / "download.py").is_file():
             how = f'python -m tests.tools.download {name} --data "{root}"'
-        raise Error(f"{name}: {problem}; to get it: {how}") from None
+        raise Error(f"{problem}; to get {name}: {how}") from None
     return data._replace(template=template)
 
 
 def from_split_file(name, split, images):
-    """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "test": ...}: paths below the folder
-    images, labels, class names. Official: datasets/oxford_pets.py."""
+    """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": ..., "test": ...}: paths below
+    the folder images, labels, class names; val is not used, nor is it by CoOp. Official:
+    datasets/oxford_pets.py:122-138."""
     try:
         lists = json.loads(split.read_text("utf-8"))
         train, test = (
@@ -618,25 +620,23 @@ def from_wordnet_folders(name, images):
     titles = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
     if name in ("imagenet_a", "imagenet_r"):
         keys = files("timm.data._info").joinpath(f"{name}_synsets.txt").read_text().split()
-        titles = {key: titles[key] for key in sorted(keys)}
+        titles = {key: titles[key] for key in keys}
     train, test = ("train", "val") if name == "imagenet" else (None, ".")
     present = {path.name for path in class_folders(images / test)}
     missing = [key for key in titles if key not in present]
     if missing:
-        lack = f"{len(missing)} of {len(titles)} classes, the first is {missing[0]}"
-        raise Error(f"{images / test} lacks {lack}")
+        raise Error(f"{images / test} lacks {len(missing)} of {len(titles)} classes: {missing[0]}")
     return from_class_folders(name, images, train, test, titles)
 
 
 def from_own_folder(name):
     """FOLDER/{train,test}/<class>/*.jpg, or FOLDER/<class>/*.jpg with a fixed 70/30 split."""
-    folder = Path(name or " ")
+    folder = Path(name)
     if not folder.is_dir():
-        hint = difflib.get_close_matches(name, [*BENCHMARKS, *SYNTHETIC], 4)
-        if not shapes:
-            hint = "none (synthetic ones need tests/tools/shapes.py)"
-        raise Error(f"{name!r}: neither a folder of class folders nor a data set; similar: {hint}")
-    parts = [path.name for path in class_folders(folder) if any(map(Path.is_dir, listed(path)))]
+        near = difflib.get_close_matches(name, [*BENCHMARKS, *SYNTHETIC], 4)
+        source = "synthetic ones come from tests/tools/shapes.py"
+        raise Error(f"{name!r}: no folder of class folders, no data set; similar: {near}; {source}")
+    parts = [p for p in ("train", "val", "test") if any(map(Path.is_dir, listed(folder / p)))]
     if "train" in parts and "test" in parts:
         return from_class_folders(name, folder)
     if parts:
@@ -940,11 +940,11 @@ def provenance(file, precision, device):
     command = ["git", "status", "--porcelain=v2", "--branch", "--", *paths]
     try:
         git = subprocess.run(command, capture_output=True, text=True, cwd=paths[-1].parent)
-        status = git.stdout.removeprefix("# branch.oid ")
+        status = git.stdout  # "# branch.oid COMMIT", ..., and a line for each modified file
     except OSError:  # no git
         status = ""
     return {
-        "commit": status[:7],
+        "commit": status[13:20],
         "modified": bool(re.search(r"^[12u?] ", status, re.M)),
         "source": sha256([path.read_bytes() for path in paths])[:16] if file else "",
         "precision": precision,
@@ -1019,7 +1019,7 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
     scores, both = [], "{:.2f} (zero-shot {:.2f})".format
     for target in targets_of(data):
         row = measured(cfg, clip, target, classifier)
-        kind = "mean_class_" if target.name in per_class else ""
+        kind = "mean_class_" * (target.name in per_class)
         scores.append([row[kind + "accuracy"], row[kind + "zero_shot"]])
         # Printed before it is written, which may fail
         print(f"  {target.name}, {target.half} classes:", both(*scores[-1]))
@@ -1030,7 +1030,7 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
         new = np.mean(scores[len(sets) : 2 * len(sets)], 0)
         H = 2 * own * new / np.maximum(own + new, 1e-9)
         three = "base {:.2f}, new {:.2f}, H {:.2f}".format
-        result = f"{three(own[0], new[0], H[0])} (zero-shot {three(own[1], new[1], H[1])})"
+        result = "{} (zero-shot {})".format(*map(three, own, new, H))
     if per_class:
         result += f" [mean over classes: {', '.join(per_class)}]"
     result += f", {trained['seconds']:.0f} s"
