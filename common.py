@@ -631,11 +631,11 @@ def from_wordnet_folders(name, images):
 
 def from_own_folder(name):
     """FOLDER/{train,test}/<class>/*.jpg, or FOLDER/<class>/*.jpg with a fixed 70/30 split."""
-    folder = Path(name)
+    folder = Path(name or " ")
     if not folder.is_dir():
         near = difflib.get_close_matches(name, [*BENCHMARKS, *SYNTHETIC], 4)
-        source = "synthetic ones come from tests/tools/shapes.py"
-        raise Error(f"{name!r}: no folder of class folders, no data set; similar: {near}; {source}")
+        lack = "neither a folder of class folders nor a data set"
+        raise Error(f"{name!r}: {lack}; similar: {near}; synthetic ones: tests/tools/shapes.py")
     parts = [p for p in ("train", "val", "test") if any(map(Path.is_dir, listed(folder / p)))]
     if "train" in parts and "test" in parts:
         return from_class_folders(name, folder)
@@ -939,7 +939,7 @@ def provenance(file, precision, device):
     paths = [path.resolve() for path in (file, Path(__file__)) if path]
     command = ["git", "status", "--porcelain=v2", "--branch", "--", *paths]
     try:
-        git = subprocess.run(command, capture_output=True, text=True, cwd=paths[-1].parent)
+        git = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=paths[-1].parent)
         status = git.stdout  # "# branch.oid COMMIT", ..., and a line for each modified file
     except OSError:  # no git
         status = ""

@@ -170,7 +170,7 @@ def load_tasks(cfg):
     sets = []
     for name in GENERAL10 if cfg.dataset == "general10" else cfg.dataset.split(","):
         options = vars(cfg) | ({"transfer": ""} if sets else {})  # read with the first task
-        sets.append(common.few_shot(Config(**options), common.load_dataset(name, cfg.data)))
+        sets.append(common.few_shot(type(cfg)(**options), common.load_dataset(name, cfg.data)))
         if not sets[-1].train:
             raise common.Error(f"{name} has no training images, so it cannot be a task")
     return tasks_of(cfg, sets)
