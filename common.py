@@ -899,7 +899,7 @@ def resumed(cfg, clip, data, prompt, optimizer):
         shutil.rmtree(path.parent, ignore_errors=True)
     if path.exists():
         first, trained = load_checkpoint(path, run, trained, prompt, optimizer)
-    label = f"{method(cfg)} {cfg.dataset[-30:]}"
+    label = f"{method(cfg)} {cfg.dataset[:30]}"
     bar = tqdm(range(first, epochs), label, epochs, initial=first)
     for epoch in bar:
         # For dropout and SoftCPT's class sampling; the order has a seed of its own
