@@ -13,6 +13,7 @@ In comments, B is the number of images.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -72,6 +73,9 @@ Task = namedtuple("Task", "classes template shift variety seed_of", defaults=[{}
 
 TEXTURED_SHAPES = {f"{t}_{s}": Look(shape=s, texture=t) for s in SHAPES for t in TEXTURES}
 OUTLINES = {s: Look(shape=s) for s in SHAPES}
+RED_SHAPES = {s: Look(s, "plain", "red") for s in SHAPES}
+PLAIN_RINGS = {c: Look("ring", "plain", c) for c in COLOURS}
+WORDY_RINGS = {f"grainy_{c}_plain_ring": look for c, look in PLAIN_RINGS.items()}
 RINGS = {f"{c}_{t}_ring": Look("ring", t, c) for c in COLOURS for t in TEXTURES}
 
 PHOTO = "a photo of a {}."
@@ -91,17 +95,10 @@ TASKS = {
     # For tests/tools/study.py. In shapes_steady the images of a class vary less than in
     # shapes_varied, although places, sizes and tilts are the same
     "shapes_varied": Task(OUTLINES, PHOTO, CAMERA, ANY_TILT),
-    "shapes_steady": Task(
-        {s: Look(s, "plain", "red") for s in SHAPES}, PHOTO, CAMERA, ANY_TILT, "shapes_varied"
-    ),
+    "shapes_steady": Task(RED_SHAPES, PHOTO, CAMERA, ANY_TILT, seed_of="shapes_varied"),
     # The same images twice. The names in rings_close share words, so their text features are closer
-    "rings_far": Task({c: Look("ring", "plain", c) for c in COLOURS}, PHOTO, PALE_CAMERA),
-    "rings_close": Task(
-        {f"grainy_{c}_plain_ring": Look("ring", "plain", c) for c in COLOURS},
-        PHOTO,
-        PALE_CAMERA,
-        seed_of="rings_far",
-    ),
+    "rings_far": Task(PLAIN_RINGS, PHOTO, PALE_CAMERA),
+    "rings_close": Task(WORDY_RINGS, PHOTO, PALE_CAMERA, seed_of="rings_far"),
     # Classes whose images look alike
     "shapes_alike": Task(RINGS, PHOTO, CAMERA),
 }
@@ -280,10 +277,8 @@ def _bodies(u, v):
 
 
 def _star(r, angle):
-    """A star of five tips, in polar coordinates.
-
-    A star is ten copies of one wedge, each the mirror image of the next. Folded onto that wedge, a
-    point is inside where it is on the centre's side of the edge from the tip to the notch.
+    """A star of five tips: ten copies of one wedge, each the mirror image of the next. Folded onto
+    that wedge, a point is inside if it is on the centre's side of the edge from tip to notch.
     """
     half = math.pi / 5  # the angle between a tip and a notch
     from_notch = (torch.remainder(angle, 2 * half) - half).abs()
@@ -369,16 +364,9 @@ def caption(attributes, fillers, rng):
         says_shape = says_texture = True
     says_style = style > 0 and rng.random() < 0.6
 
-    words = []
-    if says_style:
-        words.append(STYLES[style])
-    if says_colour:
-        words.append(list(COLOURS)[colour])
-    if says_texture:
-        words.append(TEXTURES[texture])
-    if says_shape:
-        words.append(SHAPES[shape])
-    else:
+    names = [STYLES[style], list(COLOURS)[colour], TEXTURES[texture], SHAPES[shape]]
+    words = [*itertools.compress(names, [says_style, says_colour, says_texture, says_shape])]
+    if not says_shape:
         noun = rng.choice(NOUNS)
         # Some captions have no noun: a class name may be just "red"
         if rng.random() >= 0.3:
