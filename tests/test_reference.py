@@ -1,9 +1,9 @@
-"""The project's numbers against those of the released codes (tests/reference/README.md).
+"""The project's numbers against those of the official codes (tests/reference/README.md).
 
     python -m pytest -s tests/test_reference.py      # prints a line of differences for each method
 
-The numbers compared are those of train itself: it starts from the release's parameters, meets the
-release's batch, and what it computes on the way is recorded. An array's difference is the largest
+The numbers compared are those of train itself: it starts from the official parameters, meets the
+official batch, and what it computes on the way is recorded. An array's difference is the largest
 one between two of its elements, divided by the array's largest element.
 """
 
@@ -29,11 +29,11 @@ FOLDER = Path(__file__).with_name("reference")
 TOLERANCE = {"values": 1e-5, "gradients": 1e-3, "rates": 1e-9}
 NotCompared = namedtuple("NotCompared", "name reason")
 NOT_COMPARED = (
-    NotCompared("label_matrix", "The release's form of the labels: our losses take columns."),
+    NotCompared("label_matrix", "The official form of the labels: our losses take columns."),
 )
 NOT_COMPARED_NAMES = {array.name for array in NOT_COMPARED}
 
-# Where the released codes keep the learnables that we name as on the left.
+# Where the official codes have the learnables that we name as on the left.
 DPT_NAMES = {
     "ctx": "prompt_learner.ctx",
     "visual": "ctx_learner.ctx",
@@ -87,7 +87,7 @@ def logit_scale(clip):
 
 
 def dataset(classnames, name="reference"):
-    """A data set without pictures, because the batches are brought."""
+    """A data set without images, because the batches are brought."""
     return common.Dataset(name, [], [], classnames, "a photo of a {}.")
 
 
@@ -141,7 +141,7 @@ def logits_of(found, clip, data, images):
 
 
 def softcpt_options(variant):
-    """The options of a variant, as released. Its name says its class part, then its task part."""
+    """The options of an official variant. Its name says its class part, then its task part."""
     contexts = {"A": "shared", "S": "specific"}
     class_context = "none" if variant[0] == "N" else contexts[variant[1]]
     return {
@@ -231,7 +231,7 @@ def unit(features):
 
 
 def parameters(figures, prefix, names):
-    """The release's learnables by our names."""
+    """The official learnables by our names."""
     return {ours: figures.given(prefix + theirs) for ours, theirs in names.items()}
 
 
@@ -277,7 +277,7 @@ def compare_tower(figures, prefix, clip, found, data, images):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """The CLIP that the released codes ran with."""
+    """The CLIP that the official codes ran with."""
     folder = tmp_path_factory.mktemp("clip")
     weights = {name: tensor.float() for name, tensor in arrays("tiny_clip.npz").items()}
     save_file(weights, folder / "open_clip_model.safetensors")
@@ -414,7 +414,7 @@ def compare_cavpt(figures, clip, classnames, batch):
     class_prompts, _, attention = aware[0].result
     figures.compare_integers(case + "indices", top)
     figures.compare(case + "text_features", encoded[-1].result)
-    # The release stacks (layers, K, B, ...), we have (B, K, ...) for each layer.
+    # The official code stacks (layers, K, B, ...), we have (B, K, ...) for each layer.
     figures.compare(case + "layer_logits", torch.stack(layer_logits).transpose(1, 2))
     figures.compare(case + "class_prompts.0", class_prompts.transpose(0, 1))
     figures.compare(case + "attn_map.0", attention)
@@ -468,15 +468,15 @@ def test_upt(clip, classnames, batch):
         figures.compare(case + "loss", found.steps[0].loss)
 
     with recorded(common, "encode_prompts") as text, recorded(common, "encode_image") as image:
-        released, prompts = run_as(official=True)
-    compare_run("upt/", released, prompts)
+        official, prompts = run_as(official=True)
+    compare_run("upt/", official, prompts)
     tokens = placeholder_ids(clip, classnames, "a photo of a")
     figures.compare_integers("upt/tokens", tokens)
     figures.compare("upt/text_features", text[-1].result)
     figures.compare("upt/image_features", image[-1].result)
-    compare_gradients(figures, "upt/grad/", released.steps[0], UPT_NAMES)
-    inputs = compare_tower(figures, "upt/", clip, released, data, batch[0])
-    # The release has its prompts before the patches, we have them after.
+    compare_gradients(figures, "upt/grad/", official.steps[0], UPT_NAMES)
+    inputs = compare_tower(figures, "upt/", clip, official, data, batch[0])
+    # The official code has its prompts before the patches, we have them after.
     first, rows, last = inputs[0][0].split([1, patches, M])
     figures.compare("upt/layer1_input_image0", torch.cat([first, last, rows]))
 
@@ -490,7 +490,7 @@ def test_upt(clip, classnames, batch):
     figures.finish()
 
 
-# For each variant the release's names of the learnables, by ours.
+# For each variant the official names of the learnables, by ours.
 SOFTCPT_CASES = {
     "NATA": {
         "task_ctx": "task_prompt_learner.ctx_4x128",
@@ -522,7 +522,7 @@ def test_softcpt(clip, classnames, batch):
     for variant, learnables in SOFTCPT_CASES.items():
         options = softcpt_options(variant)
         start = parameters(figures, "param/", learnables)
-        start["meta.weight"] = start["meta.weight"].T  # The release multiplies from the right.
+        start["meta.weight"] = start["meta.weight"].T  # Official: multiplied from the right.
 
         with recorded(common, "encode_prompts") as encoded, recorded(softcpt, "task_loss") as loss:
             whole = run(softcpt, clip, tasks, [(images, labels)], start, **options)
