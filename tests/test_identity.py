@@ -116,7 +116,8 @@ def changed_data(change, data, folder):
     """The Dataset with another image, label, class name or template."""
     (image, y, c), *rest = data.train
     if change == "an image":
-        other = folder / "other.png"
+        other = folder / c / Path(image).name
+        other.parent.mkdir(exist_ok=True)
         other.write_bytes(Path(image).read_bytes() + b"\0")
         return data._replace(train=[(str(other), y, c), *rest])
     if change == "a label":
