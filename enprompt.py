@@ -17,8 +17,8 @@
                                                                     caption: CE and transport
 Fangming Cui, Xun Yang, Chao Wu, Liang Xiao, Xinmei Tian, "Advancing Prompt Learning through an
 External Layer", ACM MM 2024, https://arxiv.org/abs/2407.19674
-There is no official code, and we had no access to the paper's equations: (1) to (9) are ours. Public
-are the abstract and the caption of Fig. 2, which says:
+There is no official code, and we had no access to the paper's equations: (1) to (9) are ours.
+Public are the abstract and the caption of Fig. 2, which says:
 "Our method freezes the textual embeddings and learn an External Layer (EnLa) on top of it. Optimal
 transport is introduced to align [...] visual and textual modalities apart from the conventional
 cross entropy (CE) loss. The textual and visual encoders are connected through a strengthening

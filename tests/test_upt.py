@@ -87,7 +87,7 @@ def test_one_pass_serves_both_towers_unless_official(odd):
 
 
 def test_the_parameters_number_1976064_at_vit_b_16():
-    prompt = upt.UnifiedPrompt(upt.Config(), SimpleNamespace(d_t=512, d_v=768))
+    prompt = upt.UnifiedPrompt(upt.Config(), SimpleNamespace(d_t=512, d_v=768, blocks=list))
     assert sum(p.numel() for p in prompt.parameters() if p.requires_grad) == 1_976_064
     assert prompt.prompts.std().item() == pytest.approx(0.02, rel=0.05)
 
