@@ -123,7 +123,7 @@ def write(root, name):
             _write_clip(draft)
         else:
             _write_task(draft, name)
-        (draft / STAMP).write_text(_stamp(draft, name))
+        (draft / STAMP).write_text(_stamp(draft, name), "utf-8")
         _replace(folder, draft, name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -139,7 +139,7 @@ def _stamp(folder, name):
 
 def _is_current(folder, name):
     try:
-        return (folder / STAMP).read_text() == _stamp(folder, name)
+        return (folder / STAMP).read_text("utf-8") == _stamp(folder, name)
     except FileNotFoundError:
         return False
 
@@ -176,7 +176,7 @@ def _write_clip(folder):
     # Not save_file, which does not report a full disk as an OSError
     (folder / "open_clip_model.safetensors").write_bytes(save(state))
     config = {"model_cfg": MODEL, "preprocess_cfg": {"mean": MEAN, "std": STD}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "open_clip_config.json").write_text(json.dumps(config), "utf-8")
 
 
 def images(name):
