@@ -103,7 +103,7 @@ def test_the_last_line_is_the_mean_over_tasks_and_names_those_over_classes(evalu
     assert last == f"shapes 16 shots seed 3: 60.00 (zero-shot {rows[0]['zero_shot']:.2f}), 0 s"
 
 
-@pytest.mark.parametrize("answers, new, H", [([0, 2, 0, 1, 0], 40, 48), ([1, 2, 0, 0, 0], 0, 0)])
+@pytest.mark.parametrize("answers, new, H", [([0, 2, 0, 1, 0], 40, 48), ([1, 2, 2, 0, 0], 0, 0)])
 def test_base_new_and_their_harmonic_mean_are_in_the_last_line(evaluated, answers, new, H, capsys):
     data, classifier = known([0, 0, 0, 1, 2], answers)
     other, _ = known([0, 1, 1, 1, 2], answers)
