@@ -301,3 +301,29 @@ def test_transfer_to_a_data_set_of_fewer_classes_than_top_k(fit):
     fit(dpt, transfer="textures")
     found = {row["evaluated_on"]: row["n_test"] for row in fit.rows()}
     assert found == {"textures": 8, "shapes": 80}
+
+
+def test_initial_values_are_small_normal_noise(odd):
+    _, prompt = initial(odd, n_ctx=60, n_visual=60, cavpt_ctx=60)
+    for p in prompt.ctx, prompt.visual, prompt.cavpt[0].ctx:
+        assert p.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_step_with_a_single_true_class_is_not_counted(odd, capsys):
+    cfg, prompt = initial(odd, top_k=1)
+    images = normalized(odd, toy())
+    y = (common.unit_features(odd, images) @ hand(odd).T).argmax(1)
+    y[1:] = (y[1:] + 1) % 3
+    rehearse(dpt, cfg, odd, toy(), prompt, [(images, y)])
+    assert "true class" not in capsys.readouterr().out
+
+
+def test_other_class_names_have_their_own_prompts_and_selection(odd):
+    cfg, prompt = initial(odd)
+    images, other = normalized(odd, toy()), toy()._replace(classnames=["dog", *NAMES])
+    z, T0 = common.unit_features(odd, images), common.zero_shot_weights(odd, other)[:, 0]
+    found = dpt.classifier(cfg, odd, prompt, toy(), other)(images, z)
+    T = plain_prompts(odd, other.classnames, prompt.ctx.expand(4, -1, -1))
+    top = (z @ T0.T).argsort(dim=1, descending=True)[:, :2]
+    expected = odd.logit_scale.exp() * by_hand(odd, prompt, images, T, top)[0] @ unit(T).T
+    assert torch.allclose(found, expected, atol=1e-3)

@@ -127,3 +127,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         common.write(path, b"second")
     assert path.read_bytes() == b"first" and len(list(path.parent.iterdir())) == 1
+
+
+DEFAULTS = {
+    coop: {"n_ctx": 16, "position": "end", "usual_model": "RN50"},
+    dpt: {"n_ctx": 16, "n_visual": 10, "cavpt_layers": 1, "cavpt_ctx": 10, "top_k": 10}
+    | {"guidance": 30, "alpha": 0.3, "beta": 0.1, "visual_lr": 0.01, "usual_model": "ViT-B-32"},
+    upt: {"n_ctx": 4, "dropout": 0.1, "side": "both", "usual_model": "ViT-B-16"},
+    softcpt: {"n_ctx": 16, "task_n_ctx": 4, "class_n_ctx": 4, "usual_model": "RN50"},
+    enprompt: {"n_visual": 4, "ot_weight": 1.0, "epsilon": 0.1, "usual_model": "ViT-B-16"},
+}
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_the_defaults_are_those_of_the_official_commands(method):
+    cfg = method.Config()
+    assert {name: getattr(cfg, name) for name in DEFAULTS[method]} == DEFAULTS[method]

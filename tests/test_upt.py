@@ -152,7 +152,7 @@ def test_its_options_run(fit, options):
     assert fit(upt, dataset="textures", **options) > 0
 
 
-@pytest.mark.parametrize("shots, epochs", [(1, 50), (4, 100), (16, 200)])
+@pytest.mark.parametrize("shots, epochs", [(1, 50), (2, 100), (4, 100), (8, 200), (16, 200)])
 def test_epochs_follow_coops_table(odd, shots, epochs):
     found = schedule(upt, odd, toy(), shots=shots)
     assert len(found) == epochs and found[:2] == [[1e-5], [0.002]]
@@ -164,3 +164,11 @@ def test_epochs_follow_coops_table(odd, shots, epochs):
 def test_options_out_of_range_are_refused(odd, options):
     with pytest.raises(common.Error, match="--" + "".join(options)):
         initial(odd, **options)
+
+
+def test_dropout_follows_the_attention_the_relu_and_the_last_layer(odd):
+    prompt, seen = moved(odd), []
+    for name, layer in prompt.named_children():
+        layer.register_forward_hook(lambda layer, x, y, name=name: seen.append(name))
+    prompt.transform()
+    assert seen == "attention drop norm1 norm2 linear1 drop linear2 drop".split()
