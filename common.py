@@ -580,7 +580,7 @@ def from_benchmark(name, root):
         how = "see DATASETS.md of KaiyangZhou/CoOp"
         if (TOOLS / "download.py").is_file():
             how = f'python -m tests.tools.download {name} --data "{root}"'
-        raise Error(f"{problem}; to get {name}: {how}") from None
+        raise Error(f"{folder}: {problem}; to get it: {how}") from None
     return data._replace(template=template)
 
 
@@ -729,7 +729,7 @@ def subset_classes(dataset, half):
 
 BICUBIC = InterpolationMode.BICUBIC
 TEST_BATCH = 100  # images, as in CoOp's configs
-CACHE_BYTES = 4 * 2**30  # of decoded training images; others are decoded anew
+CACHE_BYTES = 4 * 2**30  # of decoded training images; others are decoded again
 PREFETCH = 2  # batches
 
 
@@ -783,7 +783,7 @@ def to_device(x, device):
 
 
 def prefetch(workers, function, batches):
-    """Yields [function(item) for item in batch] per batch; threads work PREFETCH batches ahead."""
+    """Yields [function(item) for item in batch] per batch, by threads, PREFETCH batches early."""
     pending = []
     with ThreadPoolExecutor(workers) as pool:
         for batch in batches:

@@ -4,6 +4,7 @@
     P_l  visual prompts, learned   (P, d_v)        X    image tokens (B, 1+N, d_v)   R  ctx rows
     T    text prompts features     (K, D)          T0   hand template's, unit        (K, D)
     v    prompted image feature    (B, D)          z    frozen image feature, unit   (B, D)
+    ctx  learned rows among CAVPT's keys, (R, d_v) for all images
     g  text encoder     s  1 / tau, frozen     n(x) = x / ||x||     sg  detached (no gradient)
 
 Text side, and the "Zero-Shot CLIP Selector" of Fig. 2 (lines of trainers/DPT.py):
@@ -12,9 +13,10 @@ Text side, and the "Zero-Shot CLIP Selector" of Fig. 2 (lines of trainers/DPT.py
     (2)  w = n(T)                                                          549
     (3)  T0_i = n(g(hand template of class i))                             504-518
     (4)  z = n(image feature of frozen CLIP)                               534-536
-    (5)  top = the k classes i with the largest <z, T0_i>                  538-541           Fig. 2
+    (5)  top = the min(k, K) classes i with the largest <z, T0_i>          538-541           Fig. 2
 
-Image side; (7) to (13) are CAVPT, once for each class-aware layer:
+Image side; (7) to (13) are CAVPT. The last --cavpt_layers blocks (1 by default) are class-aware and
+have their own ctx, W, b and LN each; the blocks before them have a P_l each:
 
     (6)  X = Block_l([X ; P_l]), the P_l rows dropped; P_0 after ln_pre    431-445,484-489   Fig. 2
     (7)  G = T[top]                                   (B, k, D)            551
@@ -29,13 +31,15 @@ Image side; (7) to (13) are CAVPT, once for each class-aware layer:
 
 Loss; (17) in the first `guidance` epochs, (18) in the later ones:
 
-    (16) L_ca = mean over layers, and over images with y in top, of
+    (16) L_ca = mean over layers, and over those images with y in top, of
                 CE(layer logits of y's row, y); 0 if there is no such image        665-685
     (17) L = CE(s <z, w>, y) + CE(s <v, T0>, y) + beta CE(s <v, w>, y) + alpha L_ca
                                                                            553-558,660-661,685
     (18) L = CE(s <v, w>, y) + alpha L_ca                                  553-554,662-663,685
 
 The numbers are ours. W_q and W_k are (d_v, 32), one head, no bias; W_v and W_c have no bias either.
+Prompts are built as in coop.py. The prediction is s <v, w>; for other class names T, T0 and top are
+theirs, and W_c is not used. V, P_l and ctx are initialised from N(0, 0.02^2).
 
 Xing, Wu, Cheng, Zhang, Liang, Wang, Zhang, "Dual Modality Prompt Tuning for Vision-Language
 Pre-Trained Model", IEEE Transactions on Multimedia 2023, doi 10.1109/TMM.2023.3291588
@@ -48,7 +52,7 @@ Result on shapes, 16 shots: 68.77 ± 1.20 % (n = 10; python dpt.py --seed SEED),
 zero-shot 49.35; none on a benchmark yet.
 
 Limit cases: --cavpt_layers 0 is the official VLP (VPT-deep + CoOp + guidance; trainers/VLP.py);
-with --n_ctx 0 --guidance 0 too it is VPT-deep (hand-template text, plain cross-entropy).
+with --n_ctx 0 (T = T0, no V) --guidance 0 too it is VPT-deep (plain cross-entropy).
 Deviations from the official code, and its quirks that we keep:
  1. CAVPT is fp32 and the full loss works in every precision; the official code is fp16 only
     (374-376,428,647-654).
@@ -56,8 +60,8 @@ Deviations from the official code, and its quirks that we keep:
     LN_a and W_c no gradient at all; ours gives them a zero one, so weight decay still acts.
  3. Kept: the query T is neither normalised nor detached (547,551), the key X is detached (389); a
     class-aware layer has no ordinary prompts among its tokens (451-461), as in Fig. 2
-    (--visual_prompts_in_cavpt adds them). The 10 rows of ctx (384), in Fig. 2 that layer's visual
-    prompts, are --cavpt_ctx.
+    (--visual_prompts_in_cavpt: [X ; P_l ; Q]). The 10 rows of ctx (384), in Fig. 2 that layer's
+    visual prompts, are --cavpt_ctx.
  4. alpha is .3 as in train_single.sh:46, not 1 as in train.py:133; beta is .1 (661). ImageNet's 20
     epochs are unverified.
 """

@@ -13,9 +13,10 @@
     (6)  v = n(feature of [CLS ; patches ; P])                  clip/model.py:258-283
     (7)  L = mean over the batch of CE(s <v, w_i>, y)           trainers/unified.py:234-235,299-301
 
-The numbers are ours, the lines those of the official code. MHA has one head and attends over all 2M
-rows; W_1, W_2 (d_t, d_t); U is initialised from N(0, 0.02^2). P gets no positional embedding, joins
-before ln_pre, and stays from block to block.
+The numbers are ours, the lines those of the official code. MHA is nn.MultiheadAttention (biases,
+output projection) with one head, over all 2M rows; W_1, W_2 (d_t, d_t); U is initialised from
+N(0, 0.02^2). Prompts are built as in coop.py. P gets no positional embedding, joins before ln_pre,
+and stays from block to block; v is the class token's feature. There is no dropout at test time.
 
 Zang, Li, Zhou, Huang, Loy, "Unified Vision and Language Prompt Learning", 2022
 https://arxiv.org/abs/2210.07225      official code: yuhangzang/UPT, commit 3d1640f (2025), which is
@@ -32,7 +33,8 @@ sees 2M sequences of length 1, every attention weight is 1, and no row reaches a
 (trainers/unified.py:83,92-94,121,131); and the layer runs once per tower, with independent dropout
 (119-137). Deviations and choices:
  1. Default: attention over all rows, one pass per step, in the official layer (we had no access to
-    the paper's full text). --official: no mixing, two passes.
+    the paper's full text). --official: no mixing, two passes. The second pass changes only random
+    numbers, because no two rows share a dropout mask.
  2. Learnables are fp32; the official code casts them to fp16 (83-86,95-117). As there, U is random:
     its words "a photo of a" only set M = 4 (36,40,58).
  3. Epochs follow CoOp's table by shots, inferred from the names of the official configs; for base

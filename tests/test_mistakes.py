@@ -24,7 +24,7 @@ coop.py --dataset own | own .*train.*rename val | own/train,val/a,b/1.jpg
 coop.py --dataset own | own .*train.* test | own/train/a,b/1.jpg
 coop.py --dataset own | own .*test | own/test/a,b/1.jpg
 coop.py --dataset own | own .*train.* test | own/train/a,b/1.jpg own/test/1.jpg
-coop.py --dataset own | own .*Train | own/Train,Test/a,b/1.jpg
+coop.py --dataset own | own: .* class 'Test' | own/Train,Test/a,b/1.jpg
 coop.py --dataset own | own: at least two classes .*'cat' | own/cat/1.jpg,2.jpg
 coop.py --dataset own | own: at least two classes .*'cat' | own/train,test/cat/1.jpg
 coop.py --dataset own | own: no test images for class 'b' | own/a/1.jpg,2.jpg own/b/1.jpg
@@ -48,12 +48,12 @@ BENCHMARKS = """
 coop.py --dataset dtd --data data | no folder data/dtd/images; .*download dtd --data .?data.?$
 coop.py --dataset food101 --data 'my data' | .*download food101 --data .my data.$
 coop.py --dataset imagenet --data nowhere | nowhere/imagenet/images
-coop.py --dataset dtd --data data | SPLIT'?; .*download dtd --data | data/dtd/images/a/1.jpg
-coop.py --dataset dtd --data data | SPLIT is damaged; .*download dtd --data | @dtd SPLIT=
-coop.py --dataset dtd --data data | SPLIT is damaged; .*download dtd --data | @dtd SPLIT={"train":[
-coop.py --dataset dtd --data data | SPLIT is damaged | @dtd SPLIT={"train":[]}
+coop.py --dataset dtd --data data | SPLIT is missing or damaged; .*download dtd --data | data/dtd/images/a/1.jpg
+coop.py --dataset dtd --data data | SPLIT is missing or damaged; .*download dtd --data | @dtd SPLIT=
+coop.py --dataset dtd --data data | SPLIT is missing or damaged; .*download dtd --data | @dtd SPLIT={"train":[
+coop.py --dataset dtd --data data | SPLIT is missing or damaged | @dtd SPLIT={"train":[]}
 coop.py --dataset fgvc_aircraft --data data | variants.txt | data/fgvc_aircraft/images/1.jpg
-coop.py --dataset fgvc_aircraft --data data | train.txt is damaged | @fgvc_aircraft TRAIN=0034001
+coop.py --dataset fgvc_aircraft --data data | data/fgvc_aircraft: .*download fgvc_aircraft | @fgvc_aircraft TRAIN=0034001
 coop.py --dataset dtd --data data | dtd: 1 .*images .*/IMAGE | @dtd -data/dtd/images/IMAGE
 coop.py --dataset dtd --data data | dtd: 1 .*images .*/IMAGE | @dtd data/dtd/images/IMAGE=
 coop.py --dataset imagenet --data data | val holds 3 files and no class | VAL/1.JPEG,2.JPEG,3.JPEG
@@ -90,7 +90,7 @@ softcpt.py --baseline 'one per task' --transfer colours | specific .* colours
 softcpt.py --dataset textures,textures | --dataset .* twice
 softcpt.py --dataset textures,colours --tasks a | --tasks
 softcpt.py --dataset textures --tasks a,b | --tasks
-softcpt.py --dataset general10 --data nowhere | caltech101: .*nowhere/caltech-101
+softcpt.py --dataset general10 --data nowhere | nowhere/caltech-101
 softcpt.py --dataset textures,own | 'own'
 coop.py --dataset own --classes base | --classes base: own | OWN
 coop.py --dataset own --classes base | --classes base: own | own/a,b,c/1.jpg,2.jpg
