@@ -48,12 +48,12 @@ BENCHMARKS = """
 coop.py --dataset dtd --data data | no folder data/dtd/images; .*download dtd --data .?data.?$
 coop.py --dataset food101 --data 'my data' | .*download food101 --data .my data.$
 coop.py --dataset imagenet --data nowhere | nowhere/imagenet/images
-coop.py --dataset dtd --data data | SPLIT is missing or damaged; .*download dtd --data | data/dtd/images/a/1.jpg
-coop.py --dataset dtd --data data | SPLIT is missing or damaged; .*download dtd --data | @dtd SPLIT=
-coop.py --dataset dtd --data data | SPLIT is missing or damaged; .*download dtd --data | @dtd SPLIT={"train":[
+coop.py --dataset dtd --data data | SPLIT is .*damaged; .*download dtd | data/dtd/images/a/1.jpg
+coop.py --dataset dtd --data data | SPLIT is .*damaged; .*download dtd | @dtd SPLIT=
+coop.py --dataset dtd --data data | SPLIT is .*damaged; .*download dtd | @dtd SPLIT={"train":[
 coop.py --dataset dtd --data data | SPLIT is missing or damaged | @dtd SPLIT={"train":[]}
 coop.py --dataset fgvc_aircraft --data data | variants.txt | data/fgvc_aircraft/images/1.jpg
-coop.py --dataset fgvc_aircraft --data data | data/fgvc_aircraft: .*download fgvc_aircraft | @fgvc_aircraft TRAIN=0034001
+coop.py --dataset fgvc_aircraft --data data | download fgvc_aircraft | @fgvc_aircraft TRAIN=0034001
 coop.py --dataset dtd --data data | dtd: 1 .*images .*/IMAGE | @dtd -data/dtd/images/IMAGE
 coop.py --dataset dtd --data data | dtd: 1 .*images .*/IMAGE | @dtd data/dtd/images/IMAGE=
 coop.py --dataset imagenet --data data | val holds 3 files and no class | VAL/1.JPEG,2.JPEG,3.JPEG
