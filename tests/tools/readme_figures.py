@@ -1,21 +1,16 @@
-"""Makes the README's figures in .github/pictures/: methods.svg, shapes.png and attention.png.
+"""Makes two figures in .github/pictures/, methods.svg and shapes.png.
 
-    python -m tests.tools.readme_figures
-    python -m tests.tools.readme_figures --attention RUN    # the folder of a run of dpt.py
-
-attention.png is made with --attention alone.
+python -m tests.tools.readme_figures
 """
 
 import argparse
 from html import escape
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import common
-import dpt
-from tests.tools import attention, predict, shapes
+from tests.tools import shapes
 
 FOLDER = Path(__file__).parents[2] / ".github" / "pictures"
 
@@ -204,45 +199,13 @@ def write(page, x, y, words):
     ImageDraw.Draw(page).text((x, y), words, "black", font, "ma", align="center")
 
 
-# ---------------------------------------------------------------------------------- attention.png
-
-CELL, PAIR = 104, 216  # pixels of an image, and from one pair of images to the next
-
-
-@torch.no_grad()
-def looks(folder):
-    """Four test images of a run of dpt.py, and where the prompt of the predicted class looks."""
-    run = predict.load_run(folder)
-    if not getattr(run.prompt, "cavpt", ()):
-        raise common.Error(f"{folder} is not a run of dpt.py with --cavpt_layers")
-    target = run.sets[0]
-    test = common.load_dataset(target.name, run.cfg.data).test
-    test = test[len(test) // 5 :: len(test) // 5][:4]
-    images = [common.preprocess(common.decode(item[0]), run.clip.image_size) for item in test]
-    x = common.normalize(run.clip, images)
-    f = common.unit_features(run.clip, x)
-    logits = dpt.classifier(run.cfg, run.clip, run.prompt, run.data, target)(x, f)
-    rows = attention.rows_of(run, target, x, f, logits)
-    page = Image.new("RGB", (4 * PAIR, CELL + 44), "white")
-    for i, ((_, image), (predicted, red), *_) in enumerate(rows):
-        true = test[i][2].replace("_", " ")
-        page.paste(image.resize((CELL, CELL)), (PAIR * i, 0))
-        page.paste(red.resize((CELL, CELL)), (PAIR * i + CELL + 1, 0))
-        write(page, PAIR * i + CELL, CELL + 6, f"predicted: {predicted}\ntrue: {true}")
-    return page
-
-
 def main(argv=None):
     """Makes the README's figures, in .github/pictures/."""
-    about = main.__doc__
-    parser = argparse.ArgumentParser("python -m tests.tools.readme_figures", description=about)
-    parser.add_argument("--attention", metavar="RUN", default="", help="folder of a run of dpt.py")
-    options = parser.parse_args(argv)
+    about = "python -m tests.tools.readme_figures"
+    argparse.ArgumentParser(about, description=main.__doc__).parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "methods.svg").write_text(methods(), encoding="utf-8")
     sheet().save(FOLDER / "shapes.png")
-    if options.attention:
-        looks(options.attention).save(FOLDER / "attention.png")
 
 
 if __name__ == "__main__":

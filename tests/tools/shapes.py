@@ -76,7 +76,6 @@ OUTLINES = {s: Look(shape=s) for s in SHAPES}
 RED_SHAPES = {s: Look(s, "plain", "red") for s in SHAPES}
 PLAIN_RINGS = {c: Look("ring", "plain", c) for c in COLOURS}
 WORDY_RINGS = {f"grainy_{c}_plain_ring": look for c, look in PLAIN_RINGS.items()}
-RINGS = {f"{c}_{t}_ring": Look("ring", t, c) for c in COLOURS for t in TEXTURES}
 
 PHOTO = "a photo of a {}."
 PHOTO_OF_THING = "a photo of a {} thing."
@@ -99,8 +98,6 @@ TASKS = {
     # The same images twice. The names in rings_close share words, so their text features are closer
     "rings_far": Task(PLAIN_RINGS, PHOTO, PALE_CAMERA),
     "rings_close": Task(WORDY_RINGS, PHOTO, PALE_CAMERA, seed_of="rings_far"),
-    # Classes whose images look alike
-    "shapes_alike": Task(RINGS, PHOTO, CAMERA),
 }
 COUNTS = {"train": 20, "val": 4, "test": 50}  # images per class
 
