@@ -145,9 +145,7 @@ def test_contexts_of_classes_are_refused_for_other_classes(method, options, trai
     assert asked(run, images[0], "--names", learned)[0] == 0
     code, _, errors = asked(run, images[0], "--names", "cat,dog")
     assert code == 2
-    assert errors == [
-        "error: the contexts of this run belong to its own classes: checkered, dotted, plain, ..."
-    ]
+    assert errors == ["error: the contexts of this run belong to its own classes"]
 
 
 # ------------------------------------------------------------------------- unlabelled images
@@ -215,7 +213,7 @@ def test_enprompt_keeps_the_strengthening_feature_of_its_training_classes(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"run": {"method": "os"}}, "was trained by os, not by coop"),
+        ({"run": {"method": "os"}}, "was trained by os, not by"),
         ({"run": {"CLIP": "0"}}, "was trained with another CLIP"),
         ({"run": {"number of epochs": 2}}, "is not finished"),
         ({"config": {"flavour": 1}}, "another --flavour"),
@@ -262,7 +260,7 @@ def test_interpret_finds_the_words_that_a_context_is_made_of(trained, asked):
     run = trained(coop, init="a photo of", lr=0.0)
     code, lines, _ = asked(run, "--interpret")
     for line, word in zip(lines, ["a", "photo", "of"], strict=False):
-        assert f": {word} (0.000)" in line
+        assert f": {word}, " in line
     assert code == 0
     assert len(lines) == 4 and "warn" in lines[-1]
 
@@ -278,9 +276,10 @@ def test_interpret_reads_each_methods_contexts(trained, asked):
         assert any(line.startswith(beginning) for line in lines)
     run = predict.load_run(trained(upt), device="cpu")
     V, words = run.prompt.eval()()[0], run.clip.token_embedding.weight
-    near = torch.cdist(V[0], words).min(1).values
+    near = torch.cdist(V[0], words).argmin(1).tolist()
     lines = asked(trained(upt), "--interpret")[1]
-    assert all(f"({d:.3f})" in line for d, line in zip(near, lines, strict=False))
+    for word, line in zip(near, lines, strict=False):
+        assert f": {run.clip.tokenize.decode([word]).strip()}, " in line
 
 
 def test_attention_is_red_over_the_image_where_the_prompt_looks(

@@ -2,20 +2,17 @@
 
     python -m tests.tools.benchmark [--device cpu] [--classes 100,1000] [--rows text,coop,dpt]
 
-Plain: at every step each class pushes all of its 77 tokens through the text tower, and both towers
-run open_clip's own blocks. A row is two epochs of a method's train() from the same seed on ViT-B/16
-with random weights and images, which time does not depend on; "text" is the text tower alone, with
-one context of 16 vectors.
+Plain: each class pushes its 77 tokens through the text tower, in open_clip's own blocks. A row is
+two epochs of a method's train() on ViT-B/16 with random weights and images; "text" is the text
+tower alone, with one context of 16 vectors.
 
 s           seconds of the faster epoch
 MB          of the tensors that the first step keeps for its backward pass, without CLIP's weights
 differ by   the largest difference, relative to the largest number, of losses and last gradients
 launches    kernels of one step of ours on the emulated GPU, at the first number of --classes
 
-On a CPU the plain text tower at 1000 classes would keep 18 GB, so it goes through the classes 100
-at a time and computes each chunk a second time backward; the first pass's seconds are taken off.
-Linux's C library gives large blocks of memory back to the system and takes them anew, page by page.
-The project's figures are made without that:
+On a CPU the plain text tower at 1000 classes would keep 18 GB, so it takes 100 at a time and
+computes them twice; the first pass's seconds are taken off. The project's figures are made with
 
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 """

@@ -2,9 +2,7 @@
 
     python -m tests.tools.download caltech101 --data data
 
-The images come from their owners or, where the owners' link does not work, from a third party.
-An archive that you put into --data under its own name is used instead of the address.
-The addresses are untested: there was no internet access during development.
+An archive in --data under its own name is used instead of the address. No address was tried.
 """
 
 import argparse

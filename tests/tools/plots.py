@@ -1,5 +1,6 @@
 """The report's plot: accuracy against shots, and the loss per epoch."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -28,9 +29,14 @@ def plot(rows, file):
         for label, *_ in curves:
             colours.setdefault(label, f"C{len(colours) % 10}")
     wide = min(COLUMNS, len(panels))
-    high = -(-len(panels) // wide)
-    size = 3.4 * wide + 3, 2.8 * high
-    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
+    high = math.ceil(len(panels) / wide)
+    figure, axes = plt.subplots(
+        high,
+        wide,
+        figsize=(3.4 * wide + 3, 2.8 * high),
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         draw(axis, title, curves, colours)
     for axis in axes.flat[len(panels) :]:
@@ -100,8 +106,9 @@ def draw(axis, title, curves, colours):
         mean, std = np.array(mean), np.array(std)
         style = ":" if line.startswith("zero-shot") else "-"
         marker = "" if text else "o"
-        axis.plot(x, mean, style, marker=marker, markersize=3, color=colours[line])
-        axis.fill_between(x, mean - std, mean + std, color=colours[line], alpha=0.2, linewidth=0)
+        colour = colours[line]
+        axis.plot(x, mean, style, marker=marker, markersize=3, color=colour)
+        axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2)
         axis.annotate(text, (x[-1], mean[-1]), fontsize=6)
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3)

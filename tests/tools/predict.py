@@ -15,6 +15,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,15 @@ import softcpt
 import upt
 from tests.tools import attention
 
-METHODS = {"coop": coop, "dpt": dpt, "upt": upt, "enprompt": enprompt, "softcpt": softcpt}
+METHODS = {
+    "coop": coop,
+    "dpt": dpt,
+    "upt": upt,
+    "enprompt": enprompt,
+    "softcpt": softcpt,
+}
 NEAREST = 3  # words per context vector
-PAIRS = 10  # confused pairs that are printed
+PAIRS = 10  # confused pairs
 CONTEXTS = "ctx", "task_ctx", "class_ctx"  # learnables that stand where words do
 OVERRIDES = "model", "pretrained", "data", "device"  # options that may be others than the run's
 
@@ -59,7 +66,7 @@ def load_run(run, **overrides):
     identity, trained = state["run"], state["trained"]
     name, epochs = identity["method"], identity["number of epochs"]
     if name not in METHODS:
-        raise common.Error(f"{run} was trained by {name}, not by {', '.join(METHODS)}")
+        raise common.Error(f"{run} was trained by {name}, not by one of our methods")
     if state["epoch"] < epochs:
         raise common.Error(f"{run} is not finished: it has fewer than {epochs} epochs; resume it")
     method = METHODS[name]
@@ -70,22 +77,27 @@ def load_run(run, **overrides):
     clip = common.load_clip(cfg)
     now = common.provenance(common.source_file(cfg), clip.precision, clip.device.type)
     if trained["source"] != now["source"]:
-        commit = trained["commit"]
-        print(f"{run} was trained by other code: {name}.py at commit {commit}", file=sys.stderr)
+        earlier = f"other code: {name}.py at commit {trained['commit']}"
+        print(f"{run} was trained by {earlier}", file=sys.stderr)
     if clip.fingerprint != identity["CLIP"]:
         now = f"--model {cfg.model!r} --pretrained {cfg.pretrained!r}"
         raise common.Error(f"{run} was trained with another CLIP than that of {now}")
-    sets = []
-    for dataset, classnames in identity["class names"].items():
-        template = identity["templates"][dataset]
-        sets.append(common.Dataset(dataset, [], [], classnames, template))
+    templates, sets = identity["templates"], []
+    for dataset, names in identity["class names"].items():
+        empty = common.Dataset(dataset, [], [], names)
+        sets.append(empty._replace(template=templates[dataset]))
     data = softcpt.tasks_of(cfg, sets) if method is softcpt else sets[0]
     prompt = method.learnables(cfg, clip, data)
     prompt.load_state_dict(state["prompt"])
-    return Run(cfg, clip, method, data, sets, prompt.eval(), trained)
-
-
-# ------------------------------------------------------------------ images and their classes
+    return Run(
+        cfg,
+        clip,
+        method,
+        data,
+        sets,
+        prompt.eval(),
+        trained,
+    )
 
 
 def question(run, options):
@@ -97,8 +109,10 @@ def question(run, options):
     folders = {} if options.names or options.images[1:] else class_folders(options.images[0])
     if not folders:
         names = options.names.split(",") if options.names else target.classnames
-        files = [file for place in options.images for file in images_of(Path(place))]
-        return [(str(file), None) for file in files], renamed(run, target, names)
+        items = []
+        for place in options.images:
+            items += [(str(file), None) for file in images_of(Path(place))]
+        return items, renamed(run, target, names)
     if not {*map(plain, folders)} <= {*map(plain, target.classnames)}:
         target = renamed(run, target, folders)
     items, names = [], [*map(plain, target.classnames)]
@@ -124,12 +138,11 @@ def renamed(run, target, names):
     """The target with these class names. Raises Error."""
     names = [name.strip() for name in names]
     if len(names) < 2 or len(set(names)) < len(names):
-        raise common.Error(f"at least two different class names are needed, not {', '.join(names)}")
+        raise common.Error("at least two different class names are needed")
     if sorted(names) == sorted(target.classnames):
         return target
     if getattr(run.cfg, "csc", False) or getattr(run.cfg, "class_context", "") == "specific":
-        own = ", ".join(target.classnames[:3])
-        raise common.Error(f"the contexts of this run belong to its own classes: {own}, ...")
+        raise common.Error("the contexts of this run belong to its own classes")
     return target._replace(classnames=names)
 
 
@@ -151,15 +164,12 @@ def images_of(place):
         return [place]
     images = []
     for path in sorted(place.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
-        if path.suffix.lower() in common.IMAGES and path.is_file() and not hidden:
+        hidden = path.name.startswith(".")
+        if path.is_file() and path.suffix.lower() in common.IMAGES and not hidden:
             images.append(path)
     if not images:
         raise common.Error(f"{place} holds no images")
     return images
-
-
-# ------------------------------------------------------------------------------- answers
 
 
 @torch.no_grad()
@@ -167,18 +177,21 @@ def predict(run, options):
     """Prints what the run predicts for the images that are asked about. Raises Error."""
     items, target = question(run, options)
     if options.attention and not getattr(run.prompt, "cavpt", ()):
-        by = f"{options.run} was trained by {run.method.__name__}.py"
-        raise common.Error(f"{by}; --attention needs a run of dpt.py with --cavpt_layers")
+        by = f"was trained by {run.method.__name__}.py"
+        raise common.Error(f"RUN {by}; --attention needs a run of dpt.py with --cavpt_layers")
     classifier = run.method.classifier(run.cfg, run.clip, run.prompt, run.data, target)
     batches = [items[i : i + common.TEST_BATCH] for i in range(0, len(items), common.TEST_BATCH)]
-    pairs, sheet, count = [], [], 0
+    pairs, sheet = [], []
     for read in common.prefetch(run.cfg.workers, lambda item: readable(run, item), batches):
         good = [pair for pair in read if pair]
         if not good:
             continue
         x = common.normalize(run.clip, [image for _, image in good])
         f = common.unit_features(run.clip, x)
-        logits = classifier(x, f) if callable(classifier) else run.clip.scale * f @ classifier.T
+        if callable(classifier):
+            logits = classifier(x, f)
+        else:
+            logits = run.clip.scale * f @ classifier.T
         for (item, _), p in zip(good, F.softmax(logits, -1).cpu(), strict=True):
             print_image(item, p, target.classnames, options)
             pairs.append((item[1], int(p.argmax())))
@@ -189,7 +202,8 @@ def predict(run, options):
     if sheet:
         attention.save(sheet, options.attention)
         print(f"{options.attention}: {attention.MEANING}", file=sys.stderr)
-    if count := len(items) - len(pairs):
+    count = len(items) - len(pairs)
+    if count:
         raise common.Error(f"{count} of {len(items)} images could not be read")
 
 
@@ -219,17 +233,19 @@ def print_image(item, p, classnames, options):
 def print_accuracy(pairs, names, stream):
     """Prints accuracies and the most confused pairs; pairs: (label, predicted) of each image."""
     y, predicted = torch.tensor(pairs).T
-    total = y.bincount(minlength=len(names))
-    share = 100 * y[y == predicted].bincount(minlength=len(names)) / total
-    accuracy = 100 * (y == predicted).double().mean()
-    print(f"accuracy {accuracy:.2f} on {len(pairs)} images", file=stream)
-    print(f"mean over classes {share.nanmean():.2f}, of {len(names)} to choose from", file=stream)
+    right = y == predicted
+    K = len(names)
+    total = y.bincount(minlength=K)
+    share = 100 * y[right].bincount(minlength=K) / total
+    say = partial(print, file=stream)
+    say(f"accuracy {100 * right.double().mean():.2f} on {len(pairs)} images")
+    say(f"mean over classes {share.nanmean():.2f}, of {K} to choose from")
     for name, percent, n in zip(names, share, total, strict=True):
         if n:
-            print(f"  {percent:6.2f} on {n} of {name}", file=stream)
+            say(f"  {percent:6.2f} on {n} of {name}")
     wrong = Counter((i, j) for i, j in pairs if i != j)
     for (i, j), n in wrong.most_common(PAIRS):
-        print(f"  {n} of {total[i]} {names[i]} taken for {names[j]}", file=stream)
+        say(f"  {n} of {total[i]} {names[i]} taken for {names[j]}")
 
 
 @torch.no_grad()
@@ -242,13 +258,11 @@ def interpret(run):
         contexts["ctx"] = run.prompt()[0]
     for name in filter(contexts.__contains__, CONTEXTS):
         for row, V in enumerate(contexts[name]):
-            near = torch.cdist(V, words).topk(NEAREST, largest=False)
-            for i, (distances, ids) in enumerate(zip(near.values, near.indices, strict=True)):
-                found = [run.clip.tokenize.decode([int(word)]).strip() for word in ids]
-                pairs = zip(found, distances, strict=True)
-                text = ", ".join(f"{word} ({distance:.3f})" for word, distance in pairs)
-                print(f"{name} {row + 1}, vector {i + 1}: {text}")
-    print("A near word need not be what a vector means, as CoOp's authors warn.")
+            nearest = torch.cdist(V, words).topk(NEAREST, largest=False).indices
+            for i, ids in enumerate(nearest.tolist()):
+                found = [run.clip.tokenize.decode([word]).strip() for word in ids]
+                print(f"{name} {row + 1}, vector {i + 1}: {', '.join(found)}")
+    print("CoOp's authors warn that a near word need not be what a vector means.")
 
 
 def main(argv=None):
@@ -274,7 +288,10 @@ def main(argv=None):
         raise common.Error("--names, --task and --attention are for IMAGES")
     given = {name: vars(options)[name] for name in OVERRIDES if name in options}
     run = load_run(options.run, **given)
-    interpret(run) if options.interpret else predict(run, options)
+    if options.interpret:
+        interpret(run)
+    else:
+        predict(run, options)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ FEW_SHOT, TASKS, HALVES, TRANSFER = "few-shot", "tasks", "base to new", "transfe
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
 # Options that papers leave open, so that a run with them stands beside the same numbers
 OPEN = {"official": True, "task_n_ctx": 8}
-# SoftCPT's suites: number of tasks, and names that those of the folders contain. RS-8's members are
-# not public
+# SoftCPT's suites (RS-8's members are not public): number of tasks, names in those of the folders
 SUITES = {
     "general10": (10, "general10"),
     "plant6": (6, "fruit_veg|kaggle_flower|kaggle_mushroom|kaggle_veg|PlantSeedling|PlantVillage"),
     "fashion20": (20, "fashion20"),
 }
+
+
+HEAD = "published as,backbone,shots,protocol,data set,our run,published,ours,difference,source"
 
 
 def averaged(parts):
@@ -31,17 +33,20 @@ def harmonic(base, new):
     shared = base.keys() & new.keys()
     if not shared:
         return None
-    b, n = (np.mean([part[seed] for seed in shared]) for part in (base, new))
+    b = np.mean([base[seed] for seed in shared])
+    n = np.mean([new[seed] for seed in shared])
     return 2 * b * n / max(b + n, 1e-9)
 
 
 def cell(found, rows=()):
     """The text of a {seed: accuracy}; rows: those it is of, for the mark of a note."""
     numbers = [*found.values()]
-    text = "".join(f"{number:.2f}" for number in numbers)
+    text = f"{np.mean(numbers):.2f}" if numbers else ""
     if len(numbers) > 1:
-        text = f"{np.mean(numbers):.2f} ± {np.std(numbers):.2f} ({len(numbers)})"
-    return text + " †" * bool(differences(rows))
+        text += f" ± {np.std(numbers):.2f} ({len(numbers)})"
+    if differences(rows):
+        text += " †"
+    return text
 
 
 def differences(rows):
@@ -57,7 +62,8 @@ def differences(rows):
 def markdown(head, lines):
     """A Markdown table as text."""
     rule = ["---"] + ["--:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+    table = [head, rule, *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def protocols(row):
@@ -93,11 +99,13 @@ def ours_of(rows):
             if sets.keys() >= set(names):
                 sets[title] = averaged([sets[name] for name in names])
     for setting, sets in [*found.items()]:
+        if setting.kind != "base":
+            continue
         new = found.get(setting._replace(kind="new"), {})
-        if setting.kind == "base" and new:
-            for name in sets.keys() & new.keys():
-                H = harmonic(sets[name], new[name])
-                found[setting._replace(kind="H")][name] = {} if H is None else {"of means": H}
+        for name in sets.keys() & new.keys():
+            H = harmonic(sets[name], new[name])
+            if H is not None:
+                found[setting._replace(kind="H")][name] = {"of means": H}
     return found
 
 
@@ -113,6 +121,28 @@ def is_same(number, setting):
     return wanted == (setting.method, own, model, setting.shots, setting.kind)
 
 
+def line_of(number, setting, found):
+    """The cells of a published number and of ours."""
+    values = [*found.values()]
+    gap = np.mean(values) - number["value"]
+    far = len(values) > 1 and abs(gap) > 2 * np.std(values)
+    published = f"{number['value']:.2f}"
+    if number["std"] is not None:
+        published += f" ± {number['std']:.2f}"
+    return [
+        number["method"],
+        number["backbone"],
+        str(number["shots"]),
+        number["protocol"],
+        number["dataset"],
+        setting.label,
+        published,
+        cell(found),
+        f"{gap:+.2f} *" if far else f"{gap:+.2f}",
+        number["source"],
+    ]
+
+
 def comparison(rows):
     """Published numbers beside ours of the same setting, as Markdown; "" where there are none."""
     ours, lines, sources = ours_of(rows), [], {}
@@ -122,17 +152,11 @@ def comparison(rows):
             found = sets.get(number["dataset"])
             if not found or not is_same(number, setting):
                 continue
-            gap = np.mean([*found.values()]) - number["value"]
-            far = len(found) > 1 and abs(gap) > 2 * np.std([*found.values()])
-            std = "" if number["std"] is None else f" ± {number['std']:.2f}"
-            line = [str(value) for value in entry[:5]] + [setting.label]
-            line += [f"{number['value']:.2f}{std}", cell(found), f"{gap:+.2f}" + " *" * bool(far)]
-            lines.append([*line, number["source"]])
-            sources[number["source"]] = PUBLISHED["sources"][number["source"]]
+            lines.append(line_of(number, setting, found))
+            source = number["source"]
+            sources[source] = PUBLISHED["sources"][source]
     if not lines:
         return ""
     notes = ["*: more than two std of ours, over two seeds or more."]
     notes += [f"{name}: {text}." for name, text in sources.items()]
-    head = ["published as", "backbone", "shots", "protocol", "data set"]
-    head += ["our run", "published", "ours", "difference", "source"]
-    return "\n".join([markdown(head, lines), "", *notes])
+    return "\n".join([markdown(HEAD.split(","), lines), "", *notes])

@@ -164,8 +164,6 @@ def methods():
     return f"<svg {SVG}>\n{top}{groups}</svg>\n"
 
 
-# ------------------------------------------------------------------------------------- shapes.png
-
 SHIFTS = {  # tasks of shapes.py, a row each
     "shapes_clean": "no shift",
     "shapes": "pale, dark, grainy",
@@ -200,9 +198,7 @@ def write(page, x, y, words):
 
 
 def main(argv=None):
-    """Makes the README's figures, in .github/pictures/."""
-    about = "python -m tests.tools.readme_figures"
-    argparse.ArgumentParser(about, description=main.__doc__).parse_args(argv)
+    argparse.ArgumentParser("readme_figures", description=__doc__).parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "methods.svg").write_text(methods(), encoding="utf-8")
     sheet().save(FOLDER / "shapes.png")

@@ -3,9 +3,8 @@
     python -m tests.tools.report --out runs
     python -m tests.tools.report --plot FILE    accuracy against shots, loss per epoch (matplotlib)
 
-A row of results belongs to a cell by its own config, not by where its file lies. A cell is the mean
-± std (ddof 0) over seeds, with their number in brackets, or the number of one seed. H is that of
-the means. An average is over the seeds that have all data sets.
+A row belongs to a cell by its own config, not by where its file lies. A cell is mean ± std (ddof 0)
+over seeds, with their number. H is that of the means.
 """
 
 import argparse
@@ -144,9 +143,6 @@ def setting_of(method, config, on, half):
     if not model:
         model = "tiny CLIP" if tasks[0] in common.SYNTHETIC else usual.usual_model
     return Setting(model, config["shots"], kind, source, method, tuple(options))
-
-
-# -------------------------------------------------------------------------------- tables
 
 
 def grouped(rows, key):

@@ -91,8 +91,7 @@ TASKS = {
     "shapes_grey": Task(TEXTURED_SHAPES, PHOTO, {"colour": 0.0}),
     "textures": Task({t: Look(texture=t) for t in TEXTURES}, PHOTO_OF_THING, CAMERA),
     "colours": Task({c: Look(colour=c) for c in COLOURS}, PHOTO_OF_THING, CAMERA),
-    # For tests/tools/study.py. In shapes_steady the images of a class vary less than in
-    # shapes_varied, although places, sizes and tilts are the same
+    # For tests/tools/study.py. In shapes_steady the images of a class vary less
     "shapes_varied": Task(OUTLINES, PHOTO, CAMERA, ANY_TILT),
     "shapes_steady": Task(RED_SHAPES, PHOTO, CAMERA, ANY_TILT, seed_of="shapes_varied"),
     # The same images twice. The names in rings_close share words, so their text features are closer
@@ -103,11 +102,8 @@ COUNTS = {"train": 20, "val": 4, "test": 50}  # images per class
 
 
 def write(root, name):
-    """Writes the task (or "clip", the tiny CLIP) below root and returns its folder.
-
-    A folder that this code has written and that lacks no file is left alone. Any other is replaced
-    by a new one, which is rendered beside it, so that it is never incomplete.
-    """
+    """The folder of a task, or of "clip", the tiny CLIP, below root; it is written, at first beside
+    itself, unless this code has written it and no file is missing."""
     folder = Path(root) / "shapes" / name
     if _is_current(folder, name):
         return folder
@@ -194,9 +190,6 @@ def images(name):
             yield part, class_name, pixels.numpy()
 
 
-# ------------------------------------------------------------------------------------- rendering
-
-
 def random_attributes(count, generator):
     """Indices of shapes, textures and colours, each (count,)."""
     return [torch.randint(len(words), (count,), generator=generator) for words in WORDS]
@@ -204,9 +197,7 @@ def random_attributes(count, generator):
 
 def render(shape, texture, colour, generator, tilt=25.0, spread=1.0):
     """Renders images (B, 3, 32, 32) in 0..1; place, size, tilt, shades and background are random.
-
-    shape, texture, colour: (B,) indices. tilt: degrees either way. spread: of place and size.
-    """
+    shape, texture, colour: (B,) indices. tilt: degrees either way. spread: of place and size."""
     B = len(shape)
 
     def uniform(low, high, channels=1):
@@ -223,15 +214,12 @@ def render(shape, texture, colour, generator, tilt=25.0, spread=1.0):
     # The shape's own frame, u to its right and v up, in which it fills about -1..1
     x = right - centre[:, :1]  # (B, 1, 64, 64)
     y = -down - centre[:, 1:]
-    cos = torch.cos(angle) / size
-    sin = torch.sin(angle) / size
-    u = cos * x + sin * y
-    v = cos * y - sin * x
+    cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
+    u, v = cos * x + sin * y, cos * y - sin * x
     everyone = torch.arange(B)
     body = _bodies(u, v)[shape, everyone].float()
     # The texture starts anywhere: stripes are not always at the same places of a shape
-    mark_u = u + uniform(-1, 1)
-    mark_v = v + uniform(-1, 1)
+    mark_u, mark_v = u + uniform(-1, 1), v + uniform(-1, 1)
     marks = _marks(mark_u, mark_v, period=uniform(0.5, 0.7))[texture, everyone].float()
 
     ink = torch.tensor(list(COLOURS.values()))[colour][:, :, None, None]
@@ -249,19 +237,14 @@ def render(shape, texture, colour, generator, tilt=25.0, spread=1.0):
 def _bodies(u, v):
     """Where each of the SHAPES is, (10, ...) booleans; u to the right and v up, about -1..1."""
     r = (u**2 + v**2).sqrt()
-    across = u.abs()
-    along = v.abs()
-    far = torch.maximum(across, along)
-    near = torch.minimum(across, along)
-
-    circle = r < 0.85
-    square = far < 0.75
+    across, along = u.abs(), v.abs()
+    far, near = torch.maximum(across, along), torch.minimum(across, along)
+    circle, square = r < 0.85, far < 0.75
     triangle = (v > -0.7) & (across < (0.95 - v) * 0.55)
     star = _star(r, angle=torch.atan2(u, v))
     cross = (near < 0.28) & (far < 0.9)
     # The curve (x² + y² - 1)³ = x² y³ is a heart; here slightly lifted
-    heart_u = 1.25 * u
-    heart_v = 1.25 * v
+    heart_u, heart_v = 1.25 * u, 1.25 * v
     heart = (heart_u**2 + (heart_v - 0.1) ** 2 - 1) ** 3 < heart_u**2 * heart_v**3
     ring = (r < 0.95) & (r > 0.5)
     # A disc less the disc that covers its right side
@@ -275,23 +258,19 @@ def _bodies(u, v):
 
 def _star(r, angle):
     """A star of five tips: ten copies of one wedge, each the mirror image of the next. Folded onto
-    that wedge, a point is inside if it is on the centre's side of the edge from tip to notch.
-    """
+    that wedge, a point is inside if it is on the centre's side of the edge from tip to notch."""
     half = math.pi / 5  # the angle between a tip and a notch
     from_notch = (torch.remainder(angle, 2 * half) - half).abs()
     from_tip = half - from_notch
-    x = r * torch.cos(from_tip)
-    y = r * torch.sin(from_tip)
+    x, y = r * torch.cos(from_tip), r * torch.sin(from_tip)
     tip_x = 1  # on the axis: its y is 0
-    notch_x = 0.42 * math.cos(half)
-    notch_y = 0.42 * math.sin(half)
+    notch_x, notch_y = 0.42 * math.cos(half), 0.42 * math.sin(half)
     return (x - tip_x) * notch_y - y * (notch_x - tip_x) < 0
 
 
 def _marks(u, v, period):
     """Where each of the TEXTURES has its dark ink, (4, ...) booleans."""
-    a = 2 * math.pi * u / period
-    b = 2 * math.pi * v / period
+    a, b = 2 * math.pi * u / period, 2 * math.pi * v / period
     plain = torch.zeros_like(u, dtype=torch.bool)
     striped = torch.sin(b) > 0
     dotted = torch.cos(a) + torch.cos(b) > 0.75
@@ -311,8 +290,6 @@ def shift(images, generator, colour=1.0, gamma=1.0, blur=1, grain=0.0, negative=
     noise = torch.randn(images.shape, generator=generator)
     return (images + grain * noise).clamp(0, 1)
 
-
-# -------------------------------------------------------------------------------------- captions
 
 TEMPLATES = """{}
 a {}.
@@ -389,9 +366,6 @@ def caption_tokens():
     return open_clip.get_tokenizer("ViT-B-32")(texts).unique()
 
 
-# ----------------------------------------------------------------------------------- pretraining
-
-
 def pretrain(steps, seed=0, batch=256, lr=1e-3):
     """Pretrains contrastively; a caption is a positive of every image that it is true of."""
     rng = random.Random(seed)
@@ -413,8 +387,7 @@ def pretrain(steps, seed=0, batch=256, lr=1e-3):
         with torch.autocast("cpu", torch.bfloat16):  # twice as fast as fp32
             f = clip.encode_image(normalised(images))
             w = encode_text(clip, tokens)
-        f = F.normalize(f.float(), dim=-1)
-        w = F.normalize(w.float(), dim=-1)
+        f, w = F.normalize(f.float(), dim=-1), F.normalize(w.float(), dim=-1)
         scale = _logit_scale(step, steps)
         loss = _contrastive_loss(f, w, true, scale)
         optimizer.zero_grad()
@@ -434,10 +407,8 @@ def _captioned(batch, rng, generator):
     # Index 0, a clear image, is the most frequent: all numbers below 1 round down to it
     style = torch.rand(batch, generator=generator) * 6.5 - 2.5
     style = style.clamp(min=0).long()
-    images = render(*chosen, generator)
-    images = zoom(images, generator)
+    images = zoom(render(*chosen, generator), generator)
     images = distort(images, style, generator)
-
     attributes = torch.stack([*chosen, style], 1)  # (B, 4)
     fillers = rng.choice([0, rng.randint(1, 22)])  # one number for the whole batch
     pairs = [caption(row, fillers, rng) for row in attributes.tolist()]
@@ -449,21 +420,16 @@ def _captioned(batch, rng, generator):
 
 
 def _logit_scale(step, steps):
-    """Rises linearly from CLIP's first 1/0.07 to CLIP's final 100 over two thirds of the steps.
-
-    Left to learn it, a small model settles near 27: too low for the papers' learning rates.
-    """
+    """Rises linearly from CLIP's first 1/0.07 to its final 100 over two thirds of the steps. If it
+    were learned it would settle near 27, too low for the papers' learning rates."""
     progress = min(1, step / (steps * 2 / 3))
     return 1 / 0.07 + (100 - 1 / 0.07) * progress
 
 
 def _contrastive_loss(f, w, true, scale):
-    """CLIP's loss, where the true captions of an image share the target's weight, and vice versa.
-
-    f, w (B, D): unit features of images and captions. true (B images, B captions): booleans.
-    """
-    of_images = true.float()
-    of_captions = of_images.T
+    """CLIP's loss for features f, w (B, D), where the true captions of an image, by true (B images,
+    B captions), share the target's weight, and vice versa."""
+    of_images, of_captions = true.float(), true.float().T
     image_loss = F.cross_entropy(scale * f @ w.T, of_images / of_images.sum(1, keepdim=True))
     caption_loss = F.cross_entropy(scale * w @ f.T, of_captions / of_captions.sum(1, keepdim=True))
     return (image_loss + caption_loss) / 2
@@ -477,8 +443,7 @@ def zoom(images, generator):
     side[whole] = 1
     aspect = 0.87 + 0.28 * torch.rand(B, generator=generator)
     aspect[side == 1] = 1
-    sides = torch.stack([side * aspect, side / aspect], 1)  # (B, 2): width, height
-    sides = sides.clamp(max=1)
+    sides = torch.stack([side * aspect, side / aspect], 1).clamp(max=1)  # (B, 2): width, height
     offset = (1 - sides) * (2 * torch.rand(B, 2, generator=generator) - 1)
     mirrored = torch.rand(B, generator=generator) < 0.5
     theta = torch.zeros(B, 2, 3)  # the affine maps from the crop to the image
@@ -505,8 +470,7 @@ def distort(images, style, generator):
 
 
 def normalised(images):
-    mean = torch.tensor(MEAN)[:, None, None]
-    std = torch.tensor(STD)[:, None, None]
+    mean, std = torch.tensor([MEAN, STD])[..., None, None]
     return (images - mean) / std
 
 
