@@ -248,7 +248,7 @@ def resnet():
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def rendered(tmp_path_factory):
     """A --data folder: synthetic data sets of few images per class, and their pretrained CLIP."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
@@ -258,24 +258,30 @@ def world(tmp_path_factory):
     return folder
 
 
-def tiny(world, precision="fp32", device="cpu"):
+def tiny(rendered, precision="fp32", device="cpu"):
     """The pretrained tiny CLIP."""
-    model = f"local-dir:{world}/shapes/clip"
+    model = f"local-dir:{rendered}/shapes/clip"
     return common.load_clip(common.Config(model=model, device=device, precision=precision))
 
 
 @pytest.fixture(scope="session")
-def clip(world):
-    return tiny(world)
+def clip(rendered):
+    return tiny(rendered)
 
 
 @pytest.fixture
-def fit(world, tmp_path):
+def fit(rendered, tmp_path):
     """fit(method, ...) runs method.main on the small data sets; fit.rows() are the rows of all its
     runs, the last evaluated last."""
 
     def fit(method, **options):
-        usual = {"shots": 1, "epochs": 1, "device": "cpu", "data": str(world), "out": str(tmp_path)}
+        usual = {
+            "shots": 1,
+            "epochs": 1,
+            "device": "cpu",
+            "data": str(rendered),
+            "out": str(tmp_path),
+        }
         return method.main(method.Config(**usual | options))
 
     def rows():
@@ -287,11 +293,11 @@ def fit(world, tmp_path):
 
 
 @pytest.fixture
-def shell(world, tmp_path, monkeypatch, capsys):
+def shell(rendered, tmp_path, monkeypatch, capsys):
     """shell(script, ...) runs a script as its command line would: (exit code, stdout, stderr)."""
 
     def shell(script, *arguments):
-        usual = ["--data", str(world), "--out", str(tmp_path), "--device", "cpu"]
+        usual = ["--data", str(rendered), "--out", str(tmp_path), "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", [script, *usual, *arguments])
         capsys.readouterr()
         code = 0

@@ -13,9 +13,9 @@ missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 pytestmark = [pytest.mark.gpu, missing]
 
 
-def pair(world, precision):
+def pair(rendered, precision):
     """The tiny CLIP on the CPU in fp32, and on the device."""
-    return tiny(world), tiny(world, precision, DEVICE)
+    return tiny(rendered), tiny(rendered, precision, DEVICE)
 
 
 def apart(ours, reference):
@@ -24,9 +24,9 @@ def apart(ours, reference):
 
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
-def test_towers_and_gradients_are_those_of_the_cpu(world, precision, position):
+def test_towers_and_gradients_are_those_of_the_cpu(rendered, precision, position):
     found = []
-    for clip in pair(world, precision):
+    for clip in pair(rendered, precision):
         _, prompt = conftest.initial(METHODS["coop"], clip, n_ctx=4, position=position)
         context = words(clip, "a photo of a") if not found else found[0][-1]
         prompt.ctx.data = context.detach().to(clip.device)
@@ -41,9 +41,9 @@ def test_towers_and_gradients_are_those_of_the_cpu(world, precision, position):
         assert apart(ours.detach(), reference.detach()) < TOLERANCE[precision]
 
 
-def test_batches_of_augmented_images_are_those_of_the_cpu(world):
+def test_batches_of_augmented_images_are_those_of_the_cpu(rendered):
     cfg, epochs = common.Config(), []
-    for clip in pair(world, "amp"):
+    for clip in pair(rendered, "amp"):
         images, labels = next(common.Loader(cfg, clip, toy()).epoch(0))
         assert images.device.type == labels.device.type == clip.device.type
         epochs.append((images, labels.float()))
@@ -51,8 +51,8 @@ def test_batches_of_augmented_images_are_those_of_the_cpu(world):
         assert apart(ours, reference) < 1e-6
 
 
-def test_an_overflow_in_fp16_is_skipped_on_the_device(world):
-    _, clip = pair(world, "amp")
+def test_an_overflow_in_fp16_is_skipped_on_the_device(rendered):
+    _, clip = pair(rendered, "amp")
     p = torch.nn.Parameter(torch.ones(1, device=DEVICE))
     optimizer = common.Optimizer(common.Config(), clip, [p], 2)
     before = optimizer.scaler.get_scale()

@@ -190,8 +190,8 @@ def test_zero_shot_clip(run, ensemble):
     assert_same(ours, run(ZERO_SHOT, "cpu", ensemble=ensemble))
 
 
-def test_a_model_is_loaded_onto_the_device(world):
-    cfg = common.Config(model=f"local-dir:{world}/shapes/clip", device="cpu")
+def test_a_model_is_loaded_onto_the_device(rendered):
+    cfg = common.Config(model=f"local-dir:{rendered}/shapes/clip", device="cpu")
     here, images = common.load_clip(cfg), torch.randn(2, 3, 32, 32)
     cfg.device = "nogpu"
     with Emulated() as gpu:

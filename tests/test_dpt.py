@@ -116,8 +116,8 @@ def test_without_prompts_and_with_real_words_it_is_zero_shot_clip(clip):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_loss_is_guided_in_the_first_epochs_and_plain_in_the_later_ones(world, precision):
-    model, clip = tiny(world), tiny(world, precision)
+def test_the_loss_is_guided_in_the_first_epochs_and_plain_in_the_later_ones(rendered, precision):
+    model, clip = tiny(rendered), tiny(rendered, precision)
     cfg, prompt = initial(clip, guidance=1, alpha=0.7, beta=0.2)
     steps, _ = rehearse(dpt, cfg, clip, toy(), prompt, epochs=[0, 1])
     s, T0 = model.logit_scale.exp(), hand(model)

@@ -178,9 +178,9 @@ def test_an_evaluation_replaces_its_own_row_and_no_other(evaluated, fit):
 
 @pytest.mark.parametrize("name", ["textures", "imagenet"])
 def test_zero_shot_accuracy_is_that_of_the_hand_templates(
-    name, world, clip, monkeypatch, fit, tmp_path
+    name, rendered, clip, monkeypatch, fit, tmp_path
 ):
-    data = common.load_dataset("textures", str(world))._replace(name=name)
+    data = common.load_dataset("textures", str(rendered))._replace(name=name)
     monkeypatch.setattr(common, "few_shot", lambda cfg: data)
     monkeypatch.setattr(common, "load_clip", lambda cfg: clip)
     asked, weights = [], common.zero_shot_weights

@@ -64,10 +64,10 @@ def forget():
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def runs(request, world, clip, tmp_path_factory):
+def runs(request, rendered, clip, tmp_path_factory):
     """A method, options, and a folder with a finished and an unfinished run of two epochs."""
     method, out = METHODS[request.param], tmp_path_factory.mktemp("out")
-    options = OPTIONS | {"data": str(world)}
+    options = OPTIONS | {"data": str(rendered)}
     if method is softcpt:
         options["dataset"] = "textures,colours"
     with pytest.MonkeyPatch.context() as patch:
@@ -244,11 +244,11 @@ class Config(coop.Config):
 """
 
 
-def test_a_config_from_a_notebook_trains_and_has_no_source(world, monkeypatch, tmp_path):
+def test_a_config_from_a_notebook_trains_and_has_no_source(rendered, monkeypatch, tmp_path):
     cell = types.ModuleType("notebook")
     monkeypatch.setitem(sys.modules, "notebook", cell)
     exec(CELL, vars(cell))
-    cfg = cell.Config(epochs=1, **OPTIONS, data=str(world), out=str(tmp_path))
+    cfg = cell.Config(epochs=1, **OPTIONS, data=str(rendered), out=str(tmp_path))
     coop.main(cfg)
     (path,) = tmp_path.rglob("results/*.json")
     row = json.loads(path.read_text("utf-8"))
@@ -348,16 +348,16 @@ def test_a_finished_run_of_other_learnables_is_one_line(quick, fit, monkeypatch)
 
 
 @pytest.fixture
-def own(world, tmp_path):
+def own(rendered, tmp_path):
     """own(name) is a folder of the user's own below tmp_path, with the images of a task."""
     return lambda name, task="textures": str(
-        shutil.copytree(Path(world, "shapes", task), tmp_path / name)
+        shutil.copytree(Path(rendered, "shapes", task), tmp_path / name)
     )
 
 
-def test_two_folders_of_one_name_keep_two_results(fit, own, world):
+def test_two_folders_of_one_name_keep_two_results(fit, own, rendered):
     real, art = own("real/pets"), own("art/pets", "colours")
-    tiny = f"local-dir:{world}/shapes/clip"
+    tiny = f"local-dir:{rendered}/shapes/clip"
     fit(coop, dataset=real, transfer=art, model=tiny)
     found = {row["evaluated_on"]: row["accuracy"] for row in fit.rows()}
     assert found.keys() == {real, art}
@@ -399,10 +399,10 @@ def test_a_model_that_is_typed_is_taken_though_it_is_the_default(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "shapes,", ",shapes"])
-def test_an_empty_name_is_not_the_current_folder(name, monkeypatch, own, world):
+def test_an_empty_name_is_not_the_current_folder(name, monkeypatch, own, rendered):
     monkeypatch.chdir(own("here"))
     assert common.load_dataset(".").name == "."  # which would do as a data set
     with pytest.raises(common.Error, match="nor a data set"):
-        common.load_dataset(name, str(world))
+        common.load_dataset(name, str(rendered))
     with pytest.raises(common.Error, match="nor a data set"):
-        softcpt.load_tasks(softcpt.Config(dataset=name, data=str(world)))
+        softcpt.load_tasks(softcpt.Config(dataset=name, data=str(rendered)))

@@ -18,9 +18,9 @@ import upt
 
 
 @pytest.fixture(scope="module")
-def model(world):
+def model(rendered):
     """open_clip's own model, read by open_clip."""
-    return open_clip.create_model(f"local-dir:{world}/shapes/clip").eval().requires_grad_(False)
+    return open_clip.create_model(f"local-dir:{rendered}/shapes/clip").eval().requires_grad_(False)
 
 
 def read(folder, model):
@@ -78,13 +78,13 @@ def upt_prompts(p):
 
 @pytest.mark.parametrize("method", [coop, upt], ids=["coop", "upt"])
 def test_no_prediction_differs_from_an_independent_evaluation(
-    method, fit, world, clip, model, tmp_path, capsys
+    method, fit, rendered, clip, model, tmp_path, capsys
 ):
     fit(method, epochs=3, shots=4)
     printed = capsys.readouterr().out.splitlines()[-1]
     (path,) = tmp_path.rglob("checkpoint.pt")
     p = torch.load(path, weights_only=True)["prompt"]
-    images, labels, names = read(world / "shapes/shapes/test", model)
+    images, labels, names = read(rendered / "shapes/shapes/test", model)
     V, P = (p["ctx"][0], images.new_zeros(0, 128)) if method is coop else upt_prompts(p)
     f, w = image_features(model, images, P), text_features(model, names, V)
     logits = model.logit_scale.exp() * f @ w.T  # (B, K)
@@ -92,7 +92,7 @@ def test_no_prediction_differs_from_an_independent_evaluation(
     clear = best[:, 0] - best[:, 1] > 1e-4
     assert clear.sum() > 70
 
-    cfg = method.Config(shots=4, data=str(world))
+    cfg = method.Config(shots=4, data=str(rendered))
     data = common.few_shot(cfg)
     prompt = method.learnables(cfg, clip, data)
     prompt.load_state_dict(p)

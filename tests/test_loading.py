@@ -236,8 +236,8 @@ def test_offline_the_advice_names_the_model_that_fits_the_weights(monkeypatch, n
     + [({"device": "cuda"}, "--device cuda")] * (not torch.cuda.is_available()),
     ids=str,
 )
-def test_a_model_weights_or_device_that_cannot_be_is_refused(world, options, said):
-    assert said in refusal(**{"data": str(world)} | options)
+def test_a_model_weights_or_device_that_cannot_be_is_refused(rendered, options, said):
+    assert said in refusal(**{"data": str(rendered)} | options)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -288,8 +288,8 @@ def test_random_weights_are_the_same_in_every_process():
 
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("amp", 0.004)])
-def test_half_precision_gives_nearly_the_same_features(world, clip, precision, tolerance):
-    half = tiny(world, precision)
+def test_half_precision_gives_nearly_the_same_features(rendered, clip, precision, tolerance):
+    half = tiny(rendered, precision)
     assert half.half == {"bf16": torch.bfloat16, "amp": torch.float16}[precision]
     assert half.visual.transformer.resblocks[0].mlp.c_fc.weight.dtype == half.half
     assert half.ln_final.weight.dtype == half.positional_embedding.dtype == torch.float32

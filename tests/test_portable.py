@@ -25,9 +25,17 @@ sys.modules["tests.tools.report"].main(["--out", out])
 """
 
 
-def test_modules_and_calls_of_one_system_may_be_missing(world, tmp_path):
+def test_modules_and_calls_of_one_system_may_be_missing(rendered, tmp_path):
     ended = subprocess.run(
-        [sys.executable, "-X", "warn_default_encoding", "-c", PROGRAM, str(world), str(tmp_path)],
+        [
+            sys.executable,
+            "-X",
+            "warn_default_encoding",
+            "-c",
+            PROGRAM,
+            str(rendered),
+            str(tmp_path),
+        ],
         cwd=HERE,
         capture_output=True,
         encoding="utf-8",

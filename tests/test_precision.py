@@ -15,8 +15,8 @@ from tests.conftest import METHODS, gradients, normalized, rehearse, tiny, toy
 
 
 @pytest.fixture(scope="module")
-def clips(world):
-    return {precision: tiny(world, precision) for precision in ("fp32", "amp", "bf16")}
+def clips(rendered):
+    return {precision: tiny(rendered, precision) for precision in ("fp32", "amp", "bf16")}
 
 
 def initial(name, clip, count):

@@ -21,12 +21,12 @@ from tests.tools import predict
 
 
 @pytest.fixture(scope="module")
-def trained(world, tmp_path_factory):
-    """trained(method, **options): the folder of a run of the method on the small world."""
+def trained(rendered, tmp_path_factory):
+    """trained(method, **options): the folder of a run of the method on the small rendered sets."""
     out = str(tmp_path_factory.mktemp("runs"))
 
     def train(method, **options):
-        usual = {"shots": 1, "epochs": 1, "device": "cpu", "data": str(world), "workers": 1}
+        usual = {"shots": 1, "epochs": 1, "device": "cpu", "data": str(rendered), "workers": 1}
         cfg = method.Config(**usual | {"dataset": "textures", "out": out} | options)
         run = common.run_folder(cfg)
         if not (run / "checkpoint.pt").exists():
@@ -37,9 +37,9 @@ def trained(world, tmp_path_factory):
 
 
 @pytest.fixture
-def images(world, tmp_path):
-    """Three test images of the world below tmp_path / "new": two in class folders, one not."""
-    items = common.load_dataset("textures", world).test[:3]
+def images(rendered, tmp_path):
+    """Three test images, rendered below tmp_path / "new": two in class folders, one not."""
+    items = common.load_dataset("textures", rendered).test[:3]
     places = [tmp_path / "new" / name for name in ("3.png", "a/1.png", "b/2.png")]
     for (file, *_), place in zip(items, places, strict=True):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -75,14 +75,14 @@ def evaluated(run):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_accuracy_is_the_recorded_one_without_the_training_images(
-    name, trained, world, asked, tmp_path
+    name, trained, rendered, asked, tmp_path
 ):
     """Class by class and image by image, from a data set's name and from a folder, with the CLIP
     and the test images alone, which moved."""
     method = METHODS[name]
     run = trained(method, **({"dataset": "textures,colours"} if method is softcpt else {}))
-    moved = shutil.copytree(world / "shapes/textures/test", tmp_path / "moved/test")
-    clip = shutil.copytree(world / "shapes/clip", tmp_path / "clip")
+    moved = shutil.copytree(rendered / "shapes/textures/test", tmp_path / "moved/test")
+    clip = shutil.copytree(rendered / "shapes/clip", tmp_path / "clip")
     where = "--model", f"local-dir:{clip}", "--data", tmp_path / "nothing"
     row, names = evaluated(run), sorted(path.name for path in moved.iterdir())
     code, lines, _ = asked(run, moved, *where)
@@ -93,7 +93,7 @@ def test_accuracy_is_the_recorded_one_without_the_training_images(
     assert lines[0] == f"accuracy {row['accuracy']:.2f} on 8 images"
     assert lines[1] == f"mean over classes {row['mean_class_accuracy']:.2f}, of 4 to choose from"
     assert [line.split()[-1] for line in lines[2:6]] == names
-    by_name = asked(run, "--dataset", "textures", "--data", world)
+    by_name = asked(run, "--dataset", "textures", "--data", rendered)
     assert by_name[:2] == (code, lines)
     code, lines, errors = asked(run, moved, *where, "--json")
     answers = [json.loads(line) for line in lines]
@@ -127,8 +127,10 @@ def test_a_folder_with_other_classes_is_classified_among_these(trained, images, 
     assert {*answers[0]["classes"]} == {"a", "b"}
 
 
-def test_some_of_the_runs_classes_are_classified_among_all_of_them(trained, world, asked, tmp_path):
-    test = world / "shapes/textures/test"
+def test_some_of_the_runs_classes_are_classified_among_all_of_them(
+    trained, rendered, asked, tmp_path
+):
+    test = rendered / "shapes/textures/test"
     shutil.copytree(test / "plain", tmp_path / "own/test/plain")
     (tmp_path / "own/train").mkdir()
     code, lines, _ = asked(trained(coop, csc=True), tmp_path / "own")
@@ -151,10 +153,10 @@ def test_contexts_of_classes_are_refused_for_other_classes(method, options, trai
 # ------------------------------------------------------------------------- unlabelled images
 
 
-def test_names_given_on_the_spot_are_chosen_from(trained, images, asked, world):
+def test_names_given_on_the_spot_are_chosen_from(trained, images, asked, rendered):
     run = trained(coop, init="a photo", lr=0.0)  # its initial value: zero-shot CLIP with "a photo"
     code, lines, _ = asked(run, images[0], "--names", "red star, blue_ring", "--json")
-    clip = common.load_clip(common.Config(model=f"local-dir:{world}/shapes/clip", device="cpu"))
+    clip = common.load_clip(common.Config(model=f"local-dir:{rendered}/shapes/clip", device="cpu"))
     texts = clip.encode_text(clip.tokenize(["a photo red star.", "a photo blue ring."]))
     view = common.preprocess(common.decode(images[0]), clip.image_size)
     f = common.unit_features(clip, common.normalize(clip, [view]))

@@ -39,7 +39,7 @@ processes.set_forkserver_preload(["tests.test_reliability"])
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def rendered(tmp_path_factory):
     """A --data folder with few images per class."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
@@ -50,9 +50,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def flags(world):
+def flags(rendered):
     """Flags of a short run, with --out OUT to be added."""
-    return ["--data", world, "--dataset", "textures", "--shots", 1, "--epochs", 2]
+    return ["--data", rendered, "--dataset", "textures", "--shots", 1, "--epochs", 2]
 
 
 Child = namedtuple("Child", "process log")
@@ -348,8 +348,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(place, flags, tmp_path):
     assert os.strerror(errno.EROFS) in line and str(tmp_path / place) in line
 
 
-def test_a_read_only_data_folder_is_enough(flags, world, tmp_path):
-    run("coop", *flags, "--out", tmp_path / "runs", disturb=(read_only, str(world)))
+def test_a_read_only_data_folder_is_enough(flags, rendered, tmp_path):
+    run("coop", *flags, "--out", tmp_path / "runs", disturb=(read_only, str(rendered)))
 
 
 def test_a_file_in_place_of_a_folder_is_one_line(flags, tmp_path):

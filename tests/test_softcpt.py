@@ -280,9 +280,9 @@ def test_new_classes_of_a_known_task_have_its_context(odd):
 
 @pytest.mark.parametrize("name", ["fashion20_textures", "oxford_pets"])
 def test_the_score_is_the_mean_over_tasks_of_each_tasks_metric(
-    fit, world, tmp_path, monkeypatch, capsys, name
+    fit, rendered, tmp_path, monkeypatch, capsys, name
 ):
-    folder = shutil.copytree(world / "shapes" / "textures", tmp_path / name)
+    folder = shutil.copytree(rendered / "shapes" / "textures", tmp_path / name)
     for texture in "plain", "striped", "dotted":
         (folder / "test" / texture / "000.png").unlink()
     if name in softcpt.PER_CLASS:
@@ -310,8 +310,8 @@ def test_the_official_tasks_their_names_and_those_scored_by_class():
     [("", ["textures classification", "colours classification"])]
     + [("surface type, hue ", ["surface type", "hue"])],
 )
-def test_task_names_come_from_the_option_or_the_data_set(world, tasks, titles):
-    cfg = softcpt.Config(dataset="textures,colours", tasks=tasks, data=str(world), shots=1)
+def test_task_names_come_from_the_option_or_the_data_set(rendered, tasks, titles):
+    cfg = softcpt.Config(dataset="textures,colours", tasks=tasks, data=str(rendered), shots=1)
     found = softcpt.load_tasks(cfg)
     assert found.titles == titles and found.first == [0, 4]
     assert found.column_task.tolist() == [0] * 4 + [1] * 8
