@@ -22,7 +22,7 @@ STAND_INS = {
 
 
 def test_it_is_read_in_two_minutes():
-    assert len(README.splitlines()) <= 150 and len(README.split()) <= 1300
+    assert len(README.splitlines()) <= 140 and len(README.split()) <= 1100
     prose = [block for block in README.split("\n\n") if block[0] not in "|`"]
     assert max(map(len, prose)) <= 500
     assert len(README[: README.index("python coop.py")].split()) <= 130
