@@ -130,7 +130,7 @@ def script(main):
     try:
         return main()
     except (Error, OSError) as problem:
-        line = shorten(str(problem), 300)
+        line = shorten(str(problem), 600)
     except (RuntimeError, MemoryError) as problem:
         if str(problem) and "allocate" not in str(problem):  # torch's word
             raise
