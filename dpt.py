@@ -4,7 +4,7 @@
     P_l  visual prompts, learned   (P, d_v)        X    image tokens (B, 1+N, d_v)   R  ctx rows
     T    text prompts features     (K, D)          T0   hand template's, unit        (K, D)
     v    prompted image feature    (B, D)          z    frozen image feature, unit   (B, D)
-    ctx  learned rows among CAVPT's keys, (R, d_v) for all images
+    ctx  learned rows among CAVPT's keys, (R, d_v) for all images       B, N, D, d_t, d_v: common.py
     g  text encoder     s  1 / tau, frozen     n(x) = x / ||x||     sg  detached (no gradient)
 
 Text side, and the "Zero-Shot CLIP Selector" of Fig. 2 (lines of trainers/DPT.py):
@@ -23,6 +23,7 @@ have their own ctx, W, b and LN each; the blocks before them have a P_l each:
     (8)  H = G W_m + b_m                              (B, k, d_v)          393
     (9)  S = [sg(X) ; ctx]                            (B, 1+N+R, d_v)      389,394
     (10) A = softmax(H W_q (S W_k)^T / sqrt(32))      (B, k, 1+N+R)        342-348
+         over the 1+N+R tokens
     (11) O = A S W_v                                  (B, k, d_v)          349-350
     (12) layer logits = LN_a(O) W_c                   (B, k, K)            398-401
     (13) Q = LN_b(O + H)                              (B, k, d_v)          396,402           Fig. 3
@@ -172,8 +173,8 @@ def encode(clip, prompt, images, T, top):  # Fig. 2
 
 
 def cavpt_loss(layer_logits, top, labels):
-    """L_ca: mean cross-entropy of the true class's own prompt over images and layers; 0 where no
-    image has one. layer_logits: [(B, k, K)], top (B, k), labels (B,)."""
+    """L_ca: mean cross-entropy of the true class's own prompt over images and layers; 0 if no
+    image's true class was selected. layer_logits: [(B, k, K)], top (B, k), labels (B,)."""
     true = top == labels[:, None]  # (B, k), at most one per image
     y = labels[:, None].expand_as(top)
     total = 0
