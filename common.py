@@ -105,7 +105,7 @@ NOT_LEARNED = "transfer device data out workers force".split()  # change no lear
 
 
 def cli(cls, argv=None):
-    """The Config class cls, filled from the command line."""
+    """A cls (a Config), filled from the command line."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # the description has commands, and an error is one line
         description=sys.modules[cls.__module__].__doc__,
@@ -381,7 +381,7 @@ def merge(seen):
 
 
 def residual(block, x, seen):
-    """A block's output for its input x and what its heads have seen."""
+    """A block's output from its input x and its attention output."""
     x = x + block.ls_1(block.attn.out_proj(seen))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
@@ -738,7 +738,7 @@ def decode(path):
     try:
         with Image.open(path) as image:
             image.load()
-            with contextlib.suppress(Exception):  # a damaged tag refuses no image
+            with contextlib.suppress(Exception):  # ignore a damaged tag
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bit, which convert() would clip to white
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -855,7 +855,7 @@ class Optimizer:
         self.schedule(0)
 
     def schedule(self, steps):
-        """Sets each group's rate after `steps` more steps of the schedule."""
+        """Advances the schedule by `steps` epochs and sets each group's rate."""
         for group in self.sgd.param_groups:
             group["k"] += steps
             k = group["k"] - group["warmup"]
@@ -910,7 +910,7 @@ def resumed(cfg, clip, data, prompt, optimizer):
         bar.set_postfix(loss=loss)
         trained["losses"].append(loss)
         trained["seconds"] += time.time() - start
-        trained["peak_gpu_mb"] = torch.cuda.max_memory_allocated(clip.device) / 2**20
+        trained["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
         state = {"run": run, "trained": trained, "epoch": epoch + 1, "config": vars(cfg)}
         state |= {"prompt": prompt.state_dict(), "sgd": optimizer.sgd.state_dict()}
         content = io.BytesIO()
@@ -919,7 +919,7 @@ def resumed(cfg, clip, data, prompt, optimizer):
 
 
 def identity(cfg, clip, sets, epochs):
-    """What a run is: two commands of one identity learn the same."""
+    """What defines a run, apart from code, device and precision."""
     images = [[sha256(Path(path).read_bytes()), y, c] for d in sets for path, y, c in d.train]
     return {
         "method": method(cfg),
@@ -1021,7 +1021,7 @@ def evaluate(cfg, clip, data, classifier, per_class=()):
         row = measured(cfg, clip, target, classifier)
         kind = "mean_class_" * (target.name in per_class)
         scores.append([row[kind + "accuracy"], row[kind + "zero_shot"]])
-        # Printed before it is written, which may fail
+        # Print first: writing may fail
         print(f"  {target.name}, {target.half} classes:", both(*scores[-1]))
         record(cfg, clip, target, row, trained)
     own = np.mean(scores[: len(sets)], 0)  # ours, zero-shot CLIP's
@@ -1060,7 +1060,7 @@ def measured(cfg, clip, target, classifier):
 
 
 def record(cfg, clip, target, row, trained):
-    """Writes a result to its own JSON file: the facts of the training apart from this process's."""
+    """Writes one result to a JSON file; facts of training and of evaluation are kept apart."""
     row = {
         "method": method(cfg),
         "config": vars(cfg),
@@ -1079,7 +1079,7 @@ def record(cfg, clip, target, row, trained):
 @dataclasses.dataclass
 class ZeroShot(Config):
     shots: int = 0  # nothing is trained
-    ensemble: bool = False  # mean over CoOp's seven templates and the data set's own
+    ensemble: bool = False  # CoOp's ensemble: 7 templates and, but for ImageNet, its own
 
 
 def zero_shot(cfg):
