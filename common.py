@@ -123,7 +123,7 @@ def cli(cls, argv=None):
 
 
 def script(main):
-    """Runs main(). Invalid input, full memory and Ctrl-C end in one line and exit code 2."""
+    """Runs main(). Invalid input, lack of memory and Ctrl-C end in one line and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # Windows
     # open_clip warns of random weights, which --pretrained "" asks for
     logging.getLogger().addFilter(lambda record: "initialized randomly" not in record.msg)
@@ -753,9 +753,9 @@ def preprocess(image, side):
 
 
 def augment(image, side, crop, numbers):
-    """A random crop of a PIL image, uint8 (3, side, side), as torchvision's RandomResizedCrop and
-    flip, whose random numbers are global, which threads do not allow: a share of the area within
-    crop, an aspect ratio within 3/4 and 4/3, resized, mirrored half the time."""
+    """A random crop of a PIL image, resized and mirrored half the time, uint8 (3, side, side): its
+    share of the area is within crop, its aspect ratio within 3/4 and 4/3. It is torchvision's
+    RandomResizedCrop and flip, but with numbers, a stream per image, as threads need."""
     width, height = image.size
     for _ in range(10):
         area = width * height * numbers.uniform(*crop)

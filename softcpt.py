@@ -10,15 +10,15 @@
     (2)  f_c = g([V]_1 ... [V]_n [CLASS]_c .)           265-273,555-558       with --class_context
     (3)  S_t = reshape(W f_t)                           460-464,570
     (4)  S_c = reshape(W [f_c ; f_t]), f_t of c's task  560-568               with --class_context
-    (5)  w_c = n(g([S]_1 ... [S]_M [CLASS]_c .))        374-394,583,590-597   S of c's task, or c's
+    (5)  w_c = n(g([S]_1 ... [S]_M [CLASS]_c .))        374-394,583,590-597  S_t of its task, or S_c
     (6)  f = n(image feature)                           572,582
     (7)  L = mean over images of CE(s <f, w_c>, y)      796-816               their "Eq. (8)"
          over the classes c of the image's own task
     (8)  with V and class_rate r < 1: over those in the batch, and ceil(r x the others) of each
          task, sampled in every step                    599-632,818-856
 
-The numbers are ours, the lines those of trainers/mtcoop.py; a --baseline learns S without equations
-1 to 4 (mtcoop_hard.py:80-89). Prompts are as in coop.py, initial values from N(0, 0.02^2).
+The numbers are ours, the lines those of trainers/mtcoop.py. A --baseline learns S itself, not
+by (1) to (4) (mtcoop_hard.py:80-89). Prompts are as in coop.py, initial values from N(0, 0.02^2).
 
 Ding et al., "Multi-task prompt tuning with soft context sharing for vision-language models",
 Neurocomputing 603, 2024; arxiv.org/abs/2208.13474; github.com/kding1225/softcpt, commit 7cab4b9
@@ -29,16 +29,17 @@ Neurocomputing 603, 2024; arxiv.org/abs/2208.13474; github.com/kding1225/softcpt
 Result on shapes,textures,colours, 4 shots: 81.38 ± 2.20 % (n = 3), zero-shot 71.78; else none.
 
 Deviations from the official code, and its quirks that we keep:
- 1. One optimiser step per batch. --official: the official code registers one optimiser three times,
-    with V four (726-736), so it takes 3 (4) steps per gradient and per epoch of the schedule.
+ 1. One optimiser step per batch. The official code registers one optimiser three times, with V four
+    (726-736): 3 (4) steps per gradient and per epoch of the schedule. --official does the same.
  2. task_n_ctx is 4, as in the official README.md:59-72; the paper's parameter counts fit 8.
  3. The few-shot split of each task is CoOp's. The official code samples it in forked workers, so it
     is not reproducible (datasets/general10.py:83-87).
  4. General-10 has CoOp's split files and our task names, because theirs are not public, so numbers
-    are only roughly comparable. Folders of Plant-6 and Fashion-20 are not re-split.
+    are only roughly comparable. Folders of Plant-6 are not re-split.
  5. Kept: f_t and f_c are not normalised (553-570), W has no bias (463,480), tasks are not
-    re-weighted (812-814), accuracy is by class for PER_CLASS and Fashion-20. fp32, not fp16.
- 6. The official base-to-new test cannot load its prompts on General-10 (497-499,890-895).
+    re-weighted (812-814), accuracy is by class for PER_CLASS and Fashion-20.
+ 6. Learnables, logits and losses are fp32. (8) does not shift the class features by 1e-6 (625-626).
+    Base-to-new works on General-10; the official test cannot load its prompts (497-499,890-895).
 """
 
 import math
@@ -106,14 +107,14 @@ class SoftContext(nn.Module):
 
     def forward(self, clip, words):
         """w (K, D), unit text features of words, the Words of K classes of any tasks."""
-        of = words.task  # (K,) which row of S is each class's
+        of = words.task  # (K,) each class's row of S
         if self.baseline:
             S = self.ctx if len(self.ctx) == 1 else self.ctx[words.tasks]  # (1 or T, M, d_t)
         else:
             x = f_t = encode_own(clip, words.titles, self.task_ctx, words.tasks)  # Eq. 1
             if self.with_classes:
                 f_c = encode_own(clip, words.short_names, self.class_ctx, words.columns)  # Eq. 2
-                x = torch.cat([f_c, F.embedding(of, f_t)], 1)  # gradients summed in fixed order
+                x = torch.cat([f_c, F.embedding(of, f_t)], 1)  # Eq. 4; gradients in fixed order
                 of = torch.arange(len(x), device=clip.device)
             S = self.meta(x).unflatten(1, (-1, clip.d_t))  # Eq. 3, 4, (T or K, M, d_t)
         return F.normalize(common.encode_prompts(clip, words.names, S, of), dim=-1)  # Eq. 5
@@ -131,7 +132,7 @@ class Words(NamedTuple):
     names: common.Names
     short_names: common.Names
     titles: common.Names
-    task: torch.Tensor  # (K,) the title of each class
+    task: torch.Tensor  # (K,) the index of each class's title
     tasks: slice  # rows of a specific U
     columns: slice  # rows of a specific V
 
@@ -222,7 +223,7 @@ def train(cfg, clip, tasks, prompt):
     union, official = tasks.union(), cfg.official and not cfg.baseline
     repeats = 3 + prompt.with_classes if official else 1  # optimiser steps per gradient
     if official and clip.half is torch.float16:
-        raise common.Error("--official needs --precision fp32: GradScaler cannot repeat steps")
+        raise common.Error("--official needs --precision fp32 or bf16: fp16 cannot repeat steps")
     optimizer = common.Optimizer(cfg, clip, prompt.parameters(), cfg.epochs or 50)
     images = common.Loader(cfg, clip, union)
     images.crops = [d.crop for d in tasks.sets for _ in d.train]
@@ -232,7 +233,7 @@ def train(cfg, clip, tasks, prompt):
     def loss(x, y, chosen):
         f = common.unit_features(clip, x)  # Eq. 6, (B, D)
         w = prompt(clip, chosen)  # (K, D)
-        return task_loss(clip.scale * f @ w.T, y, chosen.task)
+        return task_loss(clip.scale * f @ w.T, y, chosen.task)  # Eq. 7, 8
 
     for epoch in common.resumed(cfg, clip, tasks.sets, prompt, optimizer):
         for batch, (x, y) in zip(images.order(epoch), images.epoch(epoch), strict=True):
@@ -271,8 +272,7 @@ def main(cfg):
     ours = partial(classifier, cfg, clip, prompt, data)
     common.check_targets(data.sets, ours)
     train(cfg, clip, data, prompt)
-    names = [d.name for d in data.sets]
-    per_class = [name for name in names if name in PER_CLASS or "fashion20" in name]
+    per_class = [d.name for d in data.sets if d.name in PER_CLASS or "fashion20" in d.name]
     return common.evaluate(cfg, clip, data.sets, ours, per_class)
 
 

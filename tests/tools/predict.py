@@ -11,7 +11,6 @@ classes of the run, its images are classified among all of the run's, else among
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections import Counter
@@ -45,8 +44,7 @@ OVERRIDES = "model", "pretrained", "data", "device"  # options that may be other
 
 class Run(NamedTuple):
     """A finished run: options, CLIP, the method's module; data, what it was trained on, a Dataset
-    without images (SoftCPT: Tasks), and sets, a list of these; the learnables, in eval mode; facts
-    of the training."""
+    without images (SoftCPT: Tasks), and sets, a list of these; the learnables, in eval mode."""
 
     cfg: common.Config
     clip: common.Clip
@@ -54,7 +52,6 @@ class Run(NamedTuple):
     data: object
     sets: list
     prompt: torch.nn.Module
-    trained: dict
 
 
 def load_run(run, **overrides):
@@ -70,8 +67,7 @@ def load_run(run, **overrides):
     if state["epoch"] < epochs:
         raise common.Error(f"{run} is not finished: it has fewer than {epochs} epochs; resume it")
     method = METHODS[name]
-    options = {field.name for field in dataclasses.fields(method.Config)}
-    if others := options ^ state["config"].keys():
+    if others := vars(method.Config()).keys() ^ state["config"].keys():
         raise common.Error(f"{run} is of a version with another --{', --'.join(sorted(others))}")
     cfg = method.Config(**state["config"] | overrides)
     clip = common.load_clip(cfg)
@@ -84,8 +80,7 @@ def load_run(run, **overrides):
         raise common.Error(f"{run} was trained with another CLIP than that of {now}")
     templates, sets = identity["templates"], []
     for dataset, names in identity["class names"].items():
-        empty = common.Dataset(dataset, [], [], names)
-        sets.append(empty._replace(template=templates[dataset]))
+        sets.append(common.Dataset(dataset, [], [], names, templates[dataset]))
     data = softcpt.tasks_of(cfg, sets) if method is softcpt else sets[0]
     prompt = method.learnables(cfg, clip, data)
     prompt.load_state_dict(state["prompt"])
@@ -96,7 +91,6 @@ def load_run(run, **overrides):
         data,
         sets,
         prompt.eval(),
-        trained,
     )
 
 
@@ -128,10 +122,11 @@ def plain(name):
 
 def task_of(run, task):
     """The Dataset trained on; of SoftCPT's the one named, or the first. Raises Error."""
-    known = [dataset.name for dataset in run.sets]
-    if task and task not in known:
-        raise common.Error(f"--task {task}: this run was trained on {', '.join(known)}")
-    return run.sets[known.index(task) if task else 0]
+    for dataset in run.sets:
+        if task in ("", dataset.name):
+            return dataset
+    known = ", ".join(dataset.name for dataset in run.sets)
+    raise common.Error(f"--task {task}: this run was trained on {known}")
 
 
 def renamed(run, target, names):
@@ -183,7 +178,7 @@ def predict(run, options):
     batches = [items[i : i + common.TEST_BATCH] for i in range(0, len(items), common.TEST_BATCH)]
     pairs, sheet = [], []
     for read in common.prefetch(run.cfg.workers, lambda item: readable(run, item), batches):
-        good = [pair for pair in read if pair]
+        good = [*filter(None, read)]
         if not good:
             continue
         x = common.normalize(run.clip, [image for _, image in good])
@@ -256,8 +251,8 @@ def interpret(run):
     contexts = run.prompt.state_dict()
     if run.method is upt:  # what its text tower sees
         contexts["ctx"] = run.prompt()[0]
-    for name in filter(contexts.__contains__, CONTEXTS):
-        for row, V in enumerate(contexts[name]):
+    for name in CONTEXTS:
+        for row, V in enumerate(contexts.get(name, [])):
             nearest = torch.cdist(V, words).topk(NEAREST, largest=False).indices
             for i, ids in enumerate(nearest.tolist()):
                 found = [run.clip.tokenize.decode([word]).strip() for word in ids]
