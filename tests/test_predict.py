@@ -106,6 +106,12 @@ def test_accuracy_is_the_recorded_one_without_the_training_images(
         assert sum(answer["probabilities"]) == pytest.approx(1)
 
 
+def test_a_run_knows_the_template_of_its_data_set(trained, rendered):
+    (data,) = predict.load_run(trained(dpt)).sets
+    assert data.template == common.load_dataset("textures", rendered).template
+    assert data.template != common.Dataset._field_defaults["template"]
+
+
 def test_confused_pairs_are_counted(capsys):
     pairs = [(0, 0), (0, 1), (0, 1), (1, 1), (2, 0)]
     predict.print_accuracy(pairs, ["cat", "dog", "bird", "fish"], None)

@@ -59,6 +59,15 @@ def test_cells_are_mean_std_and_number_of_seeds_with_zero_shot_first(written, pr
     assert lines[5] == ["coop", "61.50 ± 1.50 (2)", "81.00", "70.50"]  # of seed 1, which has both
 
 
+def test_the_records_that_zero_shot_clip_writes_are_read(rendered, printed, tmp_path):
+    where = {"dataset": "textures", "data": str(rendered), "out": str(tmp_path), "device": "cpu"}
+    one = common.zero_shot(common.ZeroShot(**where))
+    eight = common.zero_shot(common.ZeroShot(ensemble=True, **where))
+    lines = printed()
+    assert lines[4] == ["zero-shot", f"{one:.2f}"]
+    assert lines[5] == ["zero_shot ensemble=True", f"{eight:.2f}"]
+
+
 def test_a_method_that_lacks_a_data_set_has_no_average(written, printed):
     written()
     written(on="eurosat")
@@ -142,6 +151,7 @@ def test_base_and_new_have_std_and_the_harmonic_mean_of_their_means(written, pri
             written(on=on, value=base + shift, half="base", classes="base", seed=seed)
             written(on=on, value=new + shift, half="new", classes="base", seed=seed)
     lines = printed()
+    assert lines[0] == "RN50, 16 shots, base to new"
     assert lines[2] == ["method", "data set", "base", "new", "H"]
     H = 2 * 72 * 52 / (72 + 52)
     assert lines[4] == ["coop", "dtd", "72.00 ± 2.00 (2)", "52.00 ± 2.00 (2)", f"{H:.2f}"]

@@ -108,7 +108,7 @@ def row_of(row):
     config, method, on = row["config"], row["method"], row["evaluated_on"]
     per_class = method == "softcpt" and (on in softcpt.PER_CLASS or "fashion20" in on)
     kind = "mean_class_" if per_class else ""
-    trained = row["trained"] or row["evaluated"]
+    trained = row["evaluated"] | row["trained"]  # zero-shot CLIP's has no code of its own
     facts = {"code": trained["source"], "precision": trained["precision"]}
     facts |= {"evaluating code": row["evaluated"]["source"]}
     facts |= {"evaluating precision": row["evaluated"]["precision"]}
@@ -223,7 +223,7 @@ def tables(rows):
         title += {
             FEW_SHOT: "",
             TASKS: f" of each of {source}",
-            HALVES: f" {source}, base to new",
+            HALVES: f" of {source}, base to new" if source else ", base to new",
         }.get(kind, f" of {source}, transferred to")
         table = halves_table(some) if kind == HALVES else accuracy_table(some)
         texts.append(f"{title}\n\n{table}{notes(some)}")
