@@ -191,8 +191,9 @@ def stage(out):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(name, flags, tmp_path):
+    writes = 13  # with one test set; another adds a file: mkdir, open, rename, remove
     if name == "softcpt":
-        flags = [*flags, "--dataset", "textures,colours"]
+        flags, writes = [*flags, "--dataset", "textures,colours"], 17
     run(name, *flags, "--out", tmp_path / "first")  # starts what starts the others
     began = time.monotonic()
     run(name, *flags, "--out", tmp_path / "undisturbed")
@@ -202,7 +203,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(name, flags, tmp_
     rng, stages = random.Random(name), Counter()
     for number in range(0, KILLS, 2):
         outs = [tmp_path / f"kill{number + i}" for i in range(2)]
-        disturb = on_write, rng.randint(1, 18), die  # one at one of its writes, one at some time
+        disturb = on_write, rng.randint(1, writes), die  # one at a write, one at some time
         first = start(name, *flags, "--out", outs[0], disturb=disturb)
         second = start(name, *flags, "--out", outs[1])
         time.sleep(rng.uniform(0.2, 1) * seconds)
@@ -217,7 +218,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(name, flags, tmp_
             assert result(out) == wanted
     kills = stages.total()
     print(f"\n{name}: {kills} kills, {kills} identical results; killed {dict(stages)}")
-    assert stages["it had ended"] <= kills / 2
+    assert stages["it had ended"] <= kills / 2  # no kill at a write came too late
 
 
 def test_an_interrupted_run_is_one_line_and_resumes(flags, tmp_path):
