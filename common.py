@@ -13,9 +13,9 @@ Chapters, in the order in which a method uses them:
  6 Training     Optimizer; resumed, the loop over epochs that survives a kill
  7 Evaluation   evaluate: accuracies, records, the last line; zero-shot CLIP
 
-Letters, the same in all files: B batch, K classes, M context vectors, N patches, L layers, d_t and
-d_v widths of the text and the image tower, D joint width; f image features, w text features.
-"Official" are KaiyangZhou/CoOp, commit ff61507, and Dassl.pytorch, c61a1b5 (tests/AUDIT.md).
+Notation in all files: B batch, K classes, M context vectors, N patches, L layers, d_t and d_v text
+and image tower widths, D joint width; f image features, w text features. "Official" means
+KaiyangZhou/CoOp at commit ff61507 and Dassl.pytorch at c61a1b5 (see tests/AUDIT.md).
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Error(ValueError):
 
 @dataclasses.dataclass
 class Config:
-    """The options that all methods share; the comment behind a field is its text in --help."""
+    """Options that all methods share; the comment after each field is its --help text."""
 
     epochs: int = 0  # number of epochs; 0 = the method's schedule
     batch_size: int = 32  # images per step
@@ -78,7 +78,7 @@ class Config:
     shots: int = 16  # training images per class; 0 = all
     seed: int = 1  # random seed: few-shot split, initialisation, order, augmentation
     classes: Literal["all", "base"] = "all"  # base: train on the first half, test on each half
-    transfer: str = ""  # comma list of further data sets to evaluate on
+    transfer: str = ""  # comma-separated list of further data sets to evaluate on
     model: str = ""  # open_clip name, local-dir:DIR, hf-hub:NAME; default: the paper's
     pretrained: str = "openai"  # open_clip tag or weights file; "" = random weights
     precision: Literal["", "amp", "bf16", "fp32"] = ""  # default: amp on CUDA, else fp32
@@ -107,7 +107,7 @@ NOT_LEARNED = "transfer device data out workers force".split()  # change no lear
 def cli(cls, argv=None):
     """A cls (a Config), filled from the command line."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # the description has commands, and an error is one line
+        usage=argparse.SUPPRESS,  # the description shows usage; errors stay one line long
         description=sys.modules[cls.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -123,7 +123,7 @@ def cli(cls, argv=None):
 
 
 def script(main):
-    """Runs main(). Invalid input, lack of memory and Ctrl-C end in one line and exit code 2."""
+    """Runs main(). Invalid input, out of memory and Ctrl-C print one line and exit with code 2."""
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # Windows
     # open_clip warns of random weights, which --pretrained "" asks for
     logging.getLogger().addFilter(lambda record: "initialized randomly" not in record.msg)
@@ -155,7 +155,7 @@ def method(cfg):
 
 
 def run_folder(cfg):
-    """runs/<method>/<dataset>/<name>: the name holds every option that changes a learnable."""
+    """runs/<method>/<dataset>/<name>; <name> has all non-default options that affect training."""
     name = f"{cfg.shots}shots_seed{cfg.seed}"
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -195,13 +195,13 @@ def write(path, content):
 
 
 class Clip:
-    """A frozen open_clip model in eval mode, and what the methods ask of it besides.
+    """A frozen open_clip model in eval mode, plus the attributes that the methods need.
 
     tokenize, device, precision; scale: exp(logit_scale) = 1 / tau, on the device; widths d_t, D and
     d_v (of a ViT); image_size in pixels; mean and std (3, 1, 1); activation: "QuickGELU" or "GELU";
-    fingerprint: hash of weights, heads and activation; half: dtype of the frozen weight matrices
-    and of the matmuls, torch.float16 (amp), torch.bfloat16 or None (fp32). Learnables, norms,
-    logits and losses are fp32. All else, as clip.visual, is the model's own.
+    fingerprint: hash of layer types, heads, weights, mean and std; half: dtype of frozen weight
+    matrices and matmuls, torch.float16 (amp), torch.bfloat16 or None (fp32). Learnables, norms,
+    logits and losses are fp32. Anything else, such as clip.visual, comes from the model itself.
     """
 
     def __init__(self, model, tokenize, device="cpu", precision="fp32"):
@@ -229,7 +229,7 @@ class Clip:
     def blocks(self):
         """The image tower's transformer blocks. Raises Error for a ResNet."""
         if not hasattr(self.visual, "transformer"):
-            raise Error("visual prompts need a ViT, as --model ViT-B-16 has")
+            raise Error("visual prompts need a ViT, such as --model ViT-B-16")
         return self.visual.transformer.resblocks
 
     def autocast(self):
@@ -262,7 +262,7 @@ def build_model(name, pretrained):
     advice, options = "", {"require_pretrained": True}
     if ":" in name:  # a folder or a hub's repository, which brings its own weights
         if pretrained != Config.pretrained:
-            raise Error(f"--pretrained {pretrained} is not read: {name} has its own weights")
+            raise Error(f"--pretrained {pretrained} does not apply: {name} has its own weights")
     elif name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), 4, 0.4)
         raise Error(f"--model {name}: open_clip has no such model; similar: {near}")
@@ -280,8 +280,8 @@ def build_model(name, pretrained):
 
 
 def load_weights(name, path):
-    """A model with a file's weights: a state dict, or OpenAI's own TorchScript archive, known by
-    the SHA-256 in its URL, because torch.jit.load runs an archive's code."""
+    """A model with the weights in a file: a state dict, or OpenAI's TorchScript archive. Only an
+    archive whose SHA-256 is in OpenAI's URL is loaded, because torch.jit.load runs its code."""
     url = open_clip.get_pretrained_cfg(name, "openai").get("url", "")
     by_openai = sha256(path.read_bytes()) in url
     try:
@@ -325,16 +325,16 @@ def check_encoders(name, model, tokenize):
 def encode_text(clip, prefix, suffix, own, last, group=None):
     """(K, D) fp32 features of K sequences, prefix[group[k]] followed by suffix[k], read at [EOT].
 
-    Equals clip.encode_text of the same tokens, for less work, because the tower is causal. A prefix
-    does not depend on the class name behind it, so each of the G prefixes runs once, and its keys
-    and values serve all of its classes. Nothing behind [EOT] reaches it, so linear layers and norms
-    see the classes' own tokens without padding, as one list of n rows.
+    Equals clip.encode_text on the same tokens, with less work, because the tower is causal. A
+    prefix does not depend on the class name after it, so each of the G prefixes runs once, and all
+    of its classes share its keys and values. Tokens after [EOT] do not affect it, so linear layers
+    and norms run on each class's tokens up to [EOT] only, unpadded, as one list of n rows.
 
-    prefix (G, P, d_t), suffix (K, S, d_t): token embeddings without positions; own (n,): indices of
-    the tokens up to [EOT] among the K * S; last (K,): which of the n are the [EOT]s; group (K,):
-    each class's prefix, not read if G is 1. Official: clip/model.py, encode_text."""
+    prefix (G, P, d_t), suffix (K, S, d_t): token embeddings without positions; own (n,): where the
+    tokens up to [EOT] are among the K * S; last (K,): which of those n are [EOT]; group (K,):
+    each class's prefix, ignored if G is 1. Official: clip/model.py, encode_text."""
     (G, P, _), (K, S, _), position = prefix.shape, suffix.shape, clip.positional_embedding
-    # A class's token sees all of its prefix, and its class's tokens up to itself
+    # A suffix token attends to its whole prefix, and to its suffix up to itself
     mask = torch.ones(S, P + S, dtype=torch.bool, device=clip.device).tril(P)
 
     def pad(rows):  # (n, width) -> (K, S, width)
@@ -344,7 +344,7 @@ def encode_text(clip, prefix, suffix, own, last, group=None):
     def unpad(x):  # (K, S, width) -> (n, width)
         return x.flatten(0, 1).index_select(0, own)
 
-    def behind(past, x):  # (G, heads, P, ...), (K, heads, S, ...) -> (K, heads, P + S, ...)
+    def with_past(past, x):  # (G, heads, P, ...), (K, heads, S, ...) -> (K, heads, P + S, ...)
         past = past.expand(K, -1, -1, -1) if G == 1 else past.index_select(0, group)
         return torch.cat([past, x], 2)
 
@@ -356,7 +356,7 @@ def encode_text(clip, prefix, suffix, own, last, group=None):
             q, past_k, past_v = heads(block, rows[: G * P].unflatten(0, (G, P)))
             shared = F.scaled_dot_product_attention(q, past_k, past_v, is_causal=True)
             q, k, v = heads(block, pad(rows[G * P :]))
-            k, v = behind(past_k, k), behind(past_v, v)
+            k, v = with_past(past_k, k), with_past(past_v, v)
             each = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             seen = torch.cat([merge(shared).flatten(0, 1), unpad(merge(each))])
             x = residual(block, x, seen)
@@ -387,13 +387,13 @@ def residual(block, x, seen):
 
 
 def encode_image(clip, images, prompts=None, patches=False):
-    """Image features with prompt tokens inserted by a hook.
+    """Image features, with prompt tokens inserted by a hook.
 
-    prompts(i, X) is called before block i, and with i = -1 before ln_pre, outside autocast. X are
-    the image tokens (B, 1 + N, d_v) without prompts. The rows it returns, (P, d_v) or (B, P, d_v),
-    replace the prompt tokens, which follow the image tokens; None keeps those that are there.
-    images (B, 3, H, W), normalised. Returns fp32 features (B, D), with patches also the patches'
-    (B, N, D). Raises Error for prompts in a ResNet. Official: clip/model.py, VisionTransformer."""
+    The hook prompts(i, X) runs outside autocast, before each block i and, with i = -1, before
+    ln_pre. X (B, 1 + N, d_v) holds the image tokens without prompts. The rows it returns, (P, d_v)
+    or (B, P, d_v), replace the prompt tokens after the image tokens; None leaves those in place.
+    images (B, 3, H, W), normalised. Returns fp32 features (B, D), with patches=True also patches
+    (B, N, D). Raises Error for either in a ResNet. Official: clip/model.py, VisionTransformer."""
     visual = clip.visual
     with clip.autocast():
         if not (prompts or patches or hasattr(visual, "transformer")):  # a ResNet
@@ -419,7 +419,7 @@ def encode_image(clip, images, prompts=None, patches=False):
 
 @torch.no_grad()
 def unit_features(clip, images):
-    """(B, D) unit features by the frozen image tower of normalised images (B, 3, H, W)."""
+    """(B, D) unit features of normalised images (B, 3, H, W), by the frozen image tower."""
     return F.normalize(encode_image(clip, images), dim=-1)
 
 
@@ -427,9 +427,9 @@ def unit_features(clip, images):
 
 
 class Names(NamedTuple):
-    """K class names behind a context, [SOS] V ... V <name>. [EOT], embedded: sos (1, 1, d_t), and
-    tail (K, S, d_t) from the name on; eot (K,), on the CPU: index of [EOT] in the tail; own, last:
-    encode_text's."""
+    """K embedded class names that will follow a context, [SOS] V ... V <name>. [EOT]. sos
+    (1, 1, d_t); tail (K, S, d_t), from the name on; eot (K,), on the CPU: index of [EOT] in tail;
+    own, last: see encode_text."""
 
     sos: torch.Tensor
     tail: torch.Tensor
@@ -440,7 +440,7 @@ class Names(NamedTuple):
     @classmethod
     def of(cls, sos, tail, eot):
         S = int(eot.max()) + 1
-        own = torch.arange(S) <= eot[:, None]  # (K, S), on the CPU: no waiting
+        own = torch.arange(S) <= eot[:, None]  # (K, S), on the CPU: no GPU synchronisation
         last = own.sum(1).cumsum(0) - 1
         own = own.flatten().nonzero()[:, 0]
         return cls(sos, tail[:, :S], eot, *(to_device(x, tail.device) for x in (own, last)))
@@ -454,7 +454,7 @@ def embed_names(clip, names, n_ctx, template="{}."):
     ids = clip.tokenize(texts, clip.context_length + 1)  # (K, 78)
     if ids[:, -1].any():
         c = names[int(ids[:, -1].argmax())]
-        raise Error(f"class name {c!r} is too long behind {n_ctx} context vectors")
+        raise Error(f"class name {c!r} is too long to follow {n_ctx} context vectors")
     x = clip.token_embedding(to_device(ids, clip.device))
     eot = ids.argmax(1)  # [EOT] has the vocabulary's largest id
     return Names.of(x[:1, :1], x[:, 1 + n_ctx :], eot - 1 - n_ctx)
@@ -462,7 +462,7 @@ def embed_names(clip, names, n_ctx, template="{}."):
 
 def encode_prompts(clip, names, ctx, group=None):
     """(K, D) features of the prompts [SOS] V <name>. [EOT]. ctx (G, M, d_t): the contexts V; group
-    (K,): each class's context, not read if G is 1. Official: trainers/coop.py, PromptLearner."""
+    (K,): each class's context, ignored if G is 1. Official: trainers/coop.py, PromptLearner."""
     prefix = torch.cat([names.sos.expand(len(ctx), -1, -1), ctx], 1)
     return encode_text(clip, prefix, names.tail, names.own, names.last, group)
 
@@ -508,22 +508,22 @@ IMAGES = tuple(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 
 
 class Dataset(NamedTuple):
-    """Lists of (path of an image, label, class name)."""
+    """A data set, whose train and test are lists of (image path, label, class name)."""
 
     name: str
     train: list
     test: list
     classnames: list
     template: str = "a photo of a {}."
-    crop: tuple = (0.08, 1.0)  # share of the area that an augmented image shows
-    half: str = "all"  # of the classes: "base" or "new"
+    crop: tuple = (0.08, 1.0)  # smallest and largest share of the area in a random crop
+    half: str = "all"  # which classes: "all", "base" or "new"
     new: "Dataset | None" = None  # with --classes base, the other half
     transfer: tuple = ()  # the Datasets of --transfer
 
 
 def few_shot(cfg, data=None):
-    """The few-shot subset of data (by default cfg.dataset), with --classes base of the first half
-    of its classes; .new has the second, .transfer the sets of --transfer. Raises Error."""
+    """The few-shot subset of data (default: cfg.dataset). With --classes base it has the first
+    half of the classes, .new the second. .transfer has the --transfer data sets. Raises Error."""
     data = sample_few_shot(data or load_dataset(cfg.dataset, cfg.data), cfg.shots, cfg.seed)
     names = [name.strip() for name in cfg.transfer.split(",") if name.strip()]
     data = data._replace(transfer=tuple(load_dataset(name, cfg.data) for name in names))
@@ -538,7 +538,7 @@ def few_shot(cfg, data=None):
 
 
 def show(data, used):
-    """Prints what was read. Raises Error if the image of one of the items used is missing."""
+    """Prints a summary. Raises Error if the image of any item in used is missing or empty."""
     synthetic = " (synthetic)" * (data.name in SYNTHETIC)
     names = shorten(", ".join(data.classnames), 50, placeholder=" ...")
     counts = f"{len(data.train)} training and {len(data.test)} test images"
@@ -548,7 +548,7 @@ def show(data, used):
         print(f"{data.name}: class name {wordless[0]!r} has no letter; CLIP needs words")
     bad = [path for path, *_ in used if not os.path.isfile(path) or not os.path.getsize(path)]
     if bad:
-        raise Error(f"{data.name}: {len(bad)} images missing or empty, as {bad[0]}")
+        raise Error(f"{data.name}: {len(bad)} images missing or empty, such as {bad[0]}")
 
 
 def load_dataset(name, root="data"):
@@ -556,7 +556,7 @@ def load_dataset(name, root="data"):
     if name not in {**BENCHMARKS, **SYNTHETIC}:
         return from_own_folder(name)
     if Path(name).is_dir() and Path(name) != Path(root, name):
-        raise Error(f"{name} is a known data set and a folder here; ./{name} means the folder")
+        raise Error(f"{name} is both a known data set and a folder; use ./{name} for the folder")
     if name in BENCHMARKS:
         return from_benchmark(name, Path(root))
     data = from_class_folders(name, shapes.write(Path(root), name))
@@ -586,7 +586,7 @@ def from_benchmark(name, root):
 
 def from_split_file(name, split, images):
     """{"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": ..., "test": ...}: paths below
-    the folder images, labels, class names; val is not used, nor is it by CoOp. Official:
+    the folder images, labels, class names. val is not used, as in CoOp. Official:
     datasets/oxford_pets.py:122-138."""
     try:
         lists = json.loads(split.read_text("utf-8"))
@@ -614,8 +614,8 @@ def from_aircraft_lists(name, folder, images):
 
 
 def from_wordnet_folders(name, images):
-    """ImageNet: train/ and val/ of folders n01440764/ ...; its variants: such folders alone, of V2
-    0/ ... 999/; A and R have 200 of them. Official: datasets/imagenet.py and its likes."""
+    """ImageNet: class folders n01440764/ ... in train/ and val/. Its variants: class folders only;
+    V2's are 0/ ... 999/, A and R have 200. Official: datasets/imagenet.py and those next to it."""
     keys = [*map(str, range(1000))] if name == "imagenetv2" else ImageNetInfo().label_names()
     titles = dict(zip(keys, open_clip.IMAGENET_CLASSNAMES, strict=True))
     if name in ("imagenet_a", "imagenet_r"):
@@ -651,8 +651,8 @@ def from_own_folder(name):
 
 
 def from_class_folders(name, folder, train="train", test="test", titles=None):
-    """Class folders of images in two subfolders; train may be None. titles: {folder: class name}.
-    Files are sorted; the official list depends on the file system (datasets/imagenet.py:84)."""
+    """The Dataset of class folders in train (or None) and test. titles: {folder: class name}.
+    Files are sorted; the official order depends on the file system (datasets/imagenet.py:84)."""
     if titles is None:
         found = class_folders(folder / test) + (class_folders(folder / train) if train else [])
         titles = {key: key for key in sorted({path.name for path in found})}
@@ -669,11 +669,11 @@ def from_class_folders(name, folder, train="train", test="test", titles=None):
 
 
 def class_folders(folder):
-    """The sorted subfolders of a folder. Raises Error, which says what was found instead."""
+    """The sorted subfolders of a folder. Raises Error if there are none, saying what is there."""
     folders = [path for path in listed(folder) if path.is_dir()]
     if not folders:
         found = f"{len(listed(folder)):,} files and no class folders"
-        raise Error(f"{folder} holds {found}; needed are {folder}/<class>/*.jpg")
+        raise Error(f"{folder} holds {found}; expected {folder}/<class>/*.jpg")
     return folders
 
 
@@ -686,7 +686,7 @@ def checked(name, train, test, classnames):
     """The Dataset. Raises Error for a class without images, and for fewer than two classes."""
     if len(classnames) < 2:
         raise Error(f"{name}: at least two classes are needed; found {classnames}")
-    for kind, items in ("training", train or test), ("test", test):
+    for kind, items in ("training", train or test), ("test", test):  # some sets have no train
         missing = set(range(len(classnames))) - {label for _, label, _ in items}
         if missing:
             lack = f"no {kind} images for class {classnames[min(missing)]!r}"
@@ -703,8 +703,8 @@ def by_class(items):
 
 
 def sample_few_shot(dataset, shots, seed):
-    """`shots` training images of each class; all of a class that has fewer, and of every class for
-    0 shots. Official: Dassl data/datasets/base_dataset.py:167-223."""
+    """Keeps `shots` training images of each class, or all if a class has fewer or shots is 0.
+    Official: Dassl data/datasets/base_dataset.py:167-223."""
     stream = random.Random(seed)
     train = []
     for group in by_class(dataset.train):
@@ -753,9 +753,9 @@ def preprocess(image, side):
 
 
 def augment(image, side, crop, numbers):
-    """A random crop of a PIL image, resized and mirrored half the time, uint8 (3, side, side): its
-    share of the area is within crop, its aspect ratio within 3/4 and 4/3. It is torchvision's
-    RandomResizedCrop and flip, but with numbers, a stream per image, as threads need."""
+    """A random crop of a PIL image, resized, and mirrored half the time: uint8 (3, side, side).
+    Its share of the area lies within crop, its aspect ratio between 3/4 and 4/3. Like
+    torchvision's RandomResizedCrop and flip, but numbers is one stream per image, for threads."""
     width, height = image.size
     for _ in range(10):
         area = width * height * numbers.uniform(*crop)
@@ -783,7 +783,7 @@ def to_device(x, device):
 
 
 def prefetch(workers, function, batches):
-    """Yields [function(item) for item in batch] per batch, by threads, PREFETCH batches early."""
+    """Yields [function(item) for item in batch] per batch; threads prefetch PREFETCH batches."""
     pending = []
     with ThreadPoolExecutor(workers) as pool:
         for batch in batches:
@@ -794,20 +794,20 @@ def prefetch(workers, function, batches):
 
 
 class Loader:
-    """Batches of training images, decoded once, augmented in every epoch. An augmented image is a
-    function of (seed, epoch, image) alone, the order of (seed, epoch), so epochs are repeatable."""
+    """Batches of augmented training images, decoded once if the cache has room. Each image depends
+    only on (seed, epoch, image), the order on (seed, epoch), so epochs are repeatable."""
 
     def __init__(self, cfg, clip, data):
         """Raises Error if there are no training images."""
         if not data.train:
-            raise Error(f"{data.name} has no training images; it serves --transfer only")
+            raise Error(f"{data.name} has no training images; use it only with --transfer")
         self.cfg, self.clip, self.data = cfg, clip, data
         self.crops = [data.crop] * len(data.train)  # of each image
         self.cache, self.room = {}, CACHE_BYTES
         self.labels = torch.tensor([label for _, label, _ in data.train])
 
     def order(self, epoch):
-        """The epoch's batches, lists of indices; a short last one is dropped unless it is alone."""
+        """Lists of indices, one per batch; a short last one is dropped if there are others."""
         generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, epoch))
         order = torch.randperm(len(self.labels), generator=generator)
         batches = order.split(self.cfg.batch_size)
@@ -867,7 +867,7 @@ class Optimizer:
         self.losses.append(loss.detach())
         self.sgd.zero_grad()
         self.scaler.scale(loss).backward()
-        if not self.learns:  # in the first step; later ones do not wait for the GPU
+        if not self.learns:  # first step only; later ones need no GPU synchronisation
             found = [p.grad for group in self.sgd.param_groups for p in group["params"]]
             self.learns = any(grad is not None and grad.any() for grad in found)
         if not self.learns:
@@ -887,9 +887,9 @@ class Optimizer:
 
 
 def resumed(cfg, clip, data, prompt, optimizer):
-    """Yields the remaining epochs and saves a checkpoint after each, from which the same command
-    resumes, on a CPU to the same bits. A finished run is loaded into prompt, and no epoch remains.
-    data: the Dataset, or a list of them. Raises Error if the checkpoint is of another run."""
+    """Yields the remaining epochs and saves a checkpoint after each. The same command resumes from
+    it, on a CPU bit for bit. A finished run is loaded into prompt and yields no epochs. data: a
+    Dataset or a list of them. Raises Error if the checkpoint belongs to another run."""
     path, sets = run_folder(cfg) / "checkpoint.pt", data if isinstance(data, list) else [data]
     epochs, first, n_train = optimizer.epochs, 0, sum(len(d.train) for d in sets)
     run = identity(cfg, clip, sets, epochs)
@@ -919,7 +919,7 @@ def resumed(cfg, clip, data, prompt, optimizer):
 
 
 def identity(cfg, clip, sets, epochs):
-    """What defines a run, apart from code, device and precision."""
+    """What defines a run, apart from the code, the device and the precision in use."""
     images = [[sha256(Path(path).read_bytes()), y, c] for d in sets for path, y, c in d.train]
     return {
         "method": method(cfg),
@@ -934,8 +934,8 @@ def identity(cfg, clip, sets, epochs):
 
 @functools.cache
 def provenance(file, precision, device):
-    """What a number may depend on besides: the code, a method's file and common.py, and the
-    machine. Read once, before the training, because the files may change during it."""
+    """What else a result may depend on: the code (the method's file, common.py) and the machine.
+    Read once, before training, because the files may change while it runs."""
     paths = [path.resolve() for path in (file, Path(__file__)) if path]
     command = ["git", "status", "--porcelain=v2", "--branch", "--", *paths]
     try:
@@ -965,7 +965,7 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, run, now, prompt, optimizer):
-    """Loads a checkpoint; returns (its epoch, its facts). now: this process's. Raises Error."""
+    """Loads a checkpoint; returns (epoch, trained). now: this process's facts. Raises Error."""
     state, folder = read_checkpoint(path), path.parent
     then, trained = state["run"], state["trained"]
     changed = [key for key in {**then, **run} if then.get(key) != run.get(key)]
@@ -980,7 +980,7 @@ def load_checkpoint(path, run, now, prompt, optimizer):
     try:
         prompt.load_state_dict(state["prompt"])
     except RuntimeError:
-        raise Error(f"{folder} has other learnables than this code; --force retrains") from None
+        raise Error(f"{folder}: this code has different learnables; --force retrains") from None
     if not finished:
         optimizer.sgd.load_state_dict(state["sgd"])
         optimizer.scaler.load_state_dict(state["scaler"])
@@ -991,27 +991,27 @@ def load_checkpoint(path, run, now, prompt, optimizer):
 
 
 def targets_of(data):
-    """All Datasets to evaluate on: data or, of several tasks, a list; new halves; --transfer."""
+    """All Datasets to evaluate on, in order: data (one or a list), its new halves, --transfer's."""
     sets = data if isinstance(data, list) else [data]
     return sets + [d.new for d in sets if d.new] + [*sets[0].transfer]
 
 
 @torch.no_grad()
 def check_targets(data, classifier):
-    """Makes each classifier that evaluate() will use, so that a class name that is too long, or
-    contexts of other classes, are refused before the training. Raises Error."""
+    """Builds each classifier that evaluate() will use. Raises Error before training, rather than
+    after it, if a class name is too long or contexts were learned for other classes."""
     for target in targets_of(data):
         classifier(target)
 
 
 def evaluate(cfg, clip, data, classifier, per_class=()):
-    """Evaluates on every test set that cfg asks for, prints and records each result, and returns
-    the accuracy in percent, the mean over the tasks, with --classes base of the base half.
+    """Evaluates on every test set that cfg asks for; prints and records each result. Returns the
+    accuracy in percent, averaged over tasks; with --classes base, that of the base half.
 
     data: the Dataset trained on, or a list of them. classifier(dataset) returns unit text features
     w (K, D) to compare with CLIP's own image features f (B, D), or a function of images
-    (B, 3, H, W) and f that returns logits (B, K). per_class: names of those of data whose accuracy
-    is the mean over classes."""
+    (B, 3, H, W) and f that returns logits (B, K). per_class: names of the Datasets in data scored
+    by the mean accuracy over classes."""
     sets, path = data if isinstance(data, list) else [data], run_folder(cfg) / "checkpoint.pt"
     trained = {"seconds": 0.0, "n_train": 0}  # zero-shot CLIP's
     if path.exists():
@@ -1079,7 +1079,7 @@ def record(cfg, clip, target, row, trained):
 @dataclasses.dataclass
 class ZeroShot(Config):
     shots: int = 0  # nothing is trained
-    ensemble: bool = False  # CoOp's ensemble: 7 templates and, but for ImageNet, its own
+    ensemble: bool = False  # CoOp's ensemble: 7 templates plus, except on ImageNet, the set's own
 
 
 def zero_shot(cfg):

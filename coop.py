@@ -12,10 +12,10 @@
     (5)  logits_i = <w_i, f> / tau                              trainers/coop.py:205-206
     (6)  L = mean over the batch of -log softmax(logits)_y      trainers/coop.py:271-274
 
-The numbers are ours, the lines those of the official code. g encodes "[SOS] V name. [EOT]" and
-returns the feature at [EOT]. Underscores in names become spaces; V gets positional embeddings like
-words. V is one for all classes or, with --csc, one per class, and is initialised from N(0, 0.02^2)
-or from words.
+Equation numbers are ours, line numbers the official code's. g encodes "[SOS] V name. [EOT]" and
+returns the feature at [EOT]. Underscores in names become spaces; V gets positional embeddings, as
+words do. All classes share one V or, with --csc, each has its own. V is initialised from
+N(0, 0.02^2) or from words.
 
 Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 130(9), 2022
 https://arxiv.org/abs/2109.01134      official code: github.com/KaiyangZhou/CoOp, commit ff61507
@@ -29,11 +29,11 @@ zero-shot 49.35; none on a benchmark yet.
 Deviations from the official code:
  1. V is fp32 and CLIP may run under autocast; the official code updates V in fp16 without loss
     scaling, where steps below 8e-6 are lost (trainers/coop.py:66,86-96,250).
- 2. If a name ends in punctuation that the tokeniser joins to the dot ("what?."), front and middle
-    put V between the two; the official code puts it behind the joint token (99-100).
- 3. --init with a word of several tokens is refused: the official code misplaces such words in front
-    and middle, and at the end does not learn their surplus tokens (75-79,110). --init with --csc is
-    refused too; the official code ignores --csc then (72-80).
+ 2. If the tokeniser joins a name's final punctuation to the dot ("what?."), front and middle put V
+    between the two; the official code puts it after the joint token (99-100).
+ 3. --init refuses words of several tokens. The official code misplaces them with front and middle;
+    with end, it does not learn their surplus tokens (75-79,110). --init with --csc is refused too;
+    the official code ignores --csc in that case (72-80).
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}  # by shots, else 200 (COOP.md
 class Config(common.Config):
     n_ctx: int = 16  # M, context vectors
     csc: bool = False  # class-specific contexts: one V per class
-    position: Literal["end", "middle", "front"] = "end"  # of the class name
+    position: Literal["end", "middle", "front"] = "end"  # where the class name goes in the prompt
     init: str = ""  # words that initialise V ("a photo of a"; sets M); "" = N(0, 0.02^2)
 
     usual_model: ClassVar[str] = "RN50"
@@ -79,8 +79,8 @@ class PromptLearner(nn.Module):
         self.after = M - self.before
 
     def embed(self, clip, classnames):
-        """The Names of class names, with words "X" behind each name for the rest of V, and where in
-        Names.tail these words are, (K, after)."""
+        """The Names of classnames, each followed by one "X" per vector in the rest of V, and the
+        positions of these words in Names.tail (K, after)."""
         names = common.embed_names(clip, classnames, self.before, "{}" + " X" * self.after + ".")
         dot = names.eot[:, None] - 1
         return names, common.to_device(dot - self.after + torch.arange(self.after), clip.device)

@@ -2,7 +2,7 @@
 
     V    text context, learned     (1, M, d_t)     K    classes      k    top_k      M  n_ctx
     P_l  visual prompts, learned   (P, d_v)        X    image tokens (B, 1+N, d_v)   R  ctx rows
-    T    text prompts features     (K, D)          T0   hand template's, unit        (K, D)
+    T    text prompt features      (K, D)          T0   hand template's, unit        (K, D)
     v    prompted image feature    (B, D)          z    frozen image feature, unit   (B, D)
     ctx  learned rows among CAVPT's keys, (R, d_v) for all images       B, N, D, d_t, d_v: common.py
     g  text encoder     s  1 / tau, frozen     n(x) = x / ||x||     sg  detached (no gradient)
@@ -15,8 +15,8 @@ Text side, and the "Zero-Shot CLIP Selector" of Fig. 2 (lines of trainers/DPT.py
     (4)  z = n(image feature of frozen CLIP)                               534-536
     (5)  top = the min(k, K) classes i with the largest <z, T0_i>          538-541           Fig. 2
 
-Image side; (7) to (13) are CAVPT. The last --cavpt_layers blocks (1 by default) are class-aware and
-have their own ctx, W, b and LN each; the blocks before them have a P_l each:
+Image side; (7) to (13) are CAVPT. The last --cavpt_layers blocks (1 by default) are class-aware,
+each with its own ctx, W, b and LN; every block before them has its own P_l:
 
     (6)  X = Block_l([X ; P_l]), the P_l rows dropped; P_0 after ln_pre    431-445,484-489   Fig. 2
     (7)  G = T[top]                                   (B, k, D)            551
@@ -39,8 +39,8 @@ Loss; (17) in the first `guidance` epochs, (18) in the later ones:
     (18) L = CE(s <v, w>, y) + alpha L_ca                                  553-554,662-663,685
 
 The numbers are ours. W_q and W_k are (d_v, 32), one head, no bias; W_v and W_c have no bias either.
-Prompts are built as in coop.py. The prediction is s <v, w>; for other class names T, T0 and top are
-theirs, and W_c is not used. V, P_l and ctx are initialised from N(0, 0.02^2).
+Prompts are built as in coop.py. The prediction is s <v, w> and does not use W_c; for other
+class names, T, T0 and top are recomputed. V, P_l and ctx are initialised from N(0, 0.02^2).
 
 Xing, Wu, Cheng, Zhang, Liang, Wang, Zhang, "Dual Modality Prompt Tuning for Vision-Language
 Pre-Trained Model", IEEE Transactions on Multimedia 2023, doi 10.1109/TMM.2023.3291588
@@ -53,16 +53,16 @@ Result on shapes, 16 shots: 68.77 ± 1.20 % (n = 10; python dpt.py --seed SEED),
 zero-shot 49.35; none on a benchmark yet.
 
 Limit cases: --cavpt_layers 0 is the official VLP (VPT-deep + CoOp + guidance; trainers/VLP.py);
-with --n_ctx 0 (T = T0, no V) --guidance 0 too it is VPT-deep (plain cross-entropy).
+adding --n_ctx 0 (T = T0, no V) --guidance 0 gives VPT-deep (plain cross-entropy).
 Deviations from the official code, and its quirks that we keep:
  1. CAVPT is fp32 and the full loss works in every precision; the official code is fp16 only
     (374-376,428,647-654).
- 2. If no true class is selected, (16) is 0. The official code skips the term (684), which gives
-    LN_a and W_c no gradient at all; ours gives them a zero one, so weight decay still acts.
+ 2. If no image's true class is selected, (16) is 0. The official code skips the term (684), so
+    LN_a and W_c get no gradient; ours get a zero one, so weight decay and momentum still act.
  3. Kept: the query T is neither normalised nor detached (547,551), the key X is detached (389); a
     class-aware layer has no ordinary prompts among its tokens (451-461), as in Fig. 2
-    (--visual_prompts_in_cavpt: [X ; P_l ; Q]). The 10 rows of ctx (384), in Fig. 2 that layer's
-    visual prompts, are --cavpt_ctx.
+    (--visual_prompts_in_cavpt: [X ; P_l ; Q]). --cavpt_ctx sets the number of ctx
+    rows, 10 there (384); Fig. 2 shows them as that layer's visual prompts.
  4. alpha is .3 as in train_single.sh:46, not 1 as in train.py:133; beta is .1 (661). ImageNet's 20
     epochs are unverified.
 """
@@ -89,11 +89,11 @@ class Config(common.Config):
     cavpt_ctx: int = 10  # R, learned rows among CAVPT's keys
     top_k: int = 10  # k, classes for which CAVPT makes prompts (at most K)
     visual_prompts_in_cavpt: bool = False  # ordinary prompts in the class-aware layers too
-    guidance: int = 30  # number of first epochs, guided by frozen CLIP
+    guidance: int = 30  # number of initial epochs guided by frozen CLIP
     alpha: float = 0.3  # weight of the CAVPT loss
     beta: float = 0.1  # weight of the joint loss during guidance
     visual_lr: float = 1e-2  # initial learning rate of visual prompts and CAVPT
-    visual_warmup: int = 0  # epochs at rate 1e-5 for them; 0 = the official 10 (ImageNet: 1)
+    visual_warmup: int = 0  # visual warm-up epochs (rate 1e-5); 0 = official: 10, ImageNet 1
 
     usual_model: ClassVar[str] = "ViT-B-32"
 
@@ -149,9 +149,9 @@ def selected(cfg, z, T0):
 
 
 def encode(clip, prompt, images, T, top):  # Fig. 2
-    """v (B, D), and of each class-aware layer the layer logits (B, k, K) and A, in two lists. T
-    (K, D): text prompts features, not normalised; top (B, k): the classes selected."""
-    first = len(clip.blocks()) - len(prompt.cavpt)  # class-aware layer
+    """v (B, D), and two lists: the logits (B, k, K) and A of each class-aware layer. T (K, D):
+    text prompt features, not normalised; top (B, k): the selected classes."""
+    first = len(clip.blocks()) - len(prompt.cavpt)  # first class-aware layer
     plain = prompt.visual.unbind()  # unbind once: indexing per layer costs two kernels in backward
     layer_logits, maps = [], []
 
@@ -173,8 +173,8 @@ def encode(clip, prompt, images, T, top):  # Fig. 2
 
 
 def cavpt_loss(layer_logits, top, labels):
-    """L_ca: mean cross-entropy of the true class's own prompt over images and layers; 0 if no
-    image's true class was selected. layer_logits: [(B, k, K)], top (B, k), labels (B,)."""
+    """L_ca: cross-entropy of the true class's own prompt, averaged over layers and over images
+    with y in top; 0 if there are none. layer_logits: [(B, k, K)], top (B, k), labels y (B,)."""
     true = top == labels[:, None]  # (B, k), at most one per image
     y = labels[:, None].expand_as(top)
     total = 0

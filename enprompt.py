@@ -18,34 +18,34 @@
 Fangming Cui, Xun Yang, Chao Wu, Liang Xiao, Xinmei Tian, "Advancing Prompt Learning through an
 External Layer", ACM MM 2024, https://arxiv.org/abs/2407.19674
 There is no official code, and we had no access to the paper's equations: (1) to (9) are ours.
-Public are the abstract and the caption of Fig. 2, which says:
+We had only the abstract and the caption of Fig. 2. The caption says:
 "Our method freezes the textual embeddings and learn an External Layer (EnLa) on top of it. Optimal
 transport is introduced to align [...] visual and textual modalities apart from the conventional
 cross entropy (CE) loss. The textual and visual encoders are connected through a strengthening
 feature. This feature and the learnable visual prompt are fused and utilized for deep prompting of
-the visual encoder." No result is claimed:
+the visual encoder." We claim no result of the paper. Usage:
 
     python enprompt.py --dataset caltech101 --shots 16 [--enla words]
 
 Result on shapes, 16 shots: 70.15 ± 0.29 % (n = 3; python enprompt.py --seed SEED), 3 minutes each,
 zero-shot 49.35; none on a benchmark yet.
 
- 1. T = 8 templates (the data set's and CoOp's seven): with one, the transport plan is uniform. It
-    nearly is on shapes, whose CLIP hardly tells templates apart: there the sum in (9) is C's mean.
- 2. EnLa is one linear layer for all classes, so that it acts on new ones; residual and zero at
-    first, so that training starts at zero-shot CLIP. The public text allows two readings:
+ 1. T = 8 templates (the data set's and CoOp's seven): with one, the transport plan is uniform. On
+    shapes it nearly is: its CLIP hardly tells templates apart, so (9)'s sum is about C's mean.
+ 2. EnLa is one linear layer shared by all classes, so it works on new ones. It is residual and
+    starts at zero, so that w_k starts as zero-shot CLIP's. The text we had allows two readings:
     --enla features: the caption's layer "on top of" the frozen "textual embeddings";
-    --enla words: the abstract's layer "built upon valid embeddings of pre-trained CLIP", and Fig. 2
-    compares with CoOp and MaPLe, which learn at the encoder's input.
- 3. s is computed in every step, with its gradient. For other class names it stays that of the
-    training classes, because the visual branch was trained with it.
- 4. A sum is the simplest fusion. P~_0 joins behind the image tokens, before ln_pre; P~_i replaces
-    it before block i; blocks from J on pass the prompts on. l_m passes ln_post and the projection.
- 5. Only the true class's templates are transported to; gradients flow through C, not through Q.
+    --enla words: the abstract's layer "built upon valid embeddings of pre-trained CLIP". Fig. 2
+    also compares with CoOp and MaPLe, which learn at the encoder's input.
+ 3. s is recomputed in every step, and gradients flow through it. For other class names we keep the
+    training classes' s, because the visual branch was trained with it.
+ 4. A sum is the simplest fusion. P~_0 is appended to the image tokens before ln_pre; P~_i replaces
+    it before block i; from block J on, it is kept. l_m goes through ln_post and the projection.
+ 5. Patches are transported only to the true class's templates; gradients flow through C, not Q.
     Sinkhorn runs a fixed number of iterations (no convergence test, hence no GPU synchronisation)
     and ends with the columns.
- 6. ImageNet, the source of transfer: 3 layers, 5 epochs. Base-to-new: 20 epochs. Else 9 layers (or
-    all) and 50 epochs.
+ 6. ImageNet with all classes, the transfer source: 3 layers, 5 epochs. Otherwise 9 layers (or
+    all), with 20 epochs for base-to-new and 50 elsewhere.
 """
 
 import math
@@ -112,9 +112,9 @@ class ExternalLayer(nn.Module):
 
 
 class Templates:
-    """Frozen text of K class names in T templates: features e (K, T, D), unit; for --enla words
-    also names, the embedded sentences (K * T of them), and inside (K * T, S, 1): 1 between [SOS]
-    and [EOS], else 0."""
+    """Frozen text of K class names in T templates: unit features e (K, T, D). For --enla words
+    also names, the K * T embedded sentences, and inside (K * T, S, 1), a mask that is 1 between
+    [SOS] and [EOS], else 0."""
 
     def __init__(self, clip, target):
         templates = [target.template, *common.SEVEN]
@@ -126,7 +126,7 @@ class Templates:
 
 
 def is_source(cfg):
-    """Whether this is the training that is transferred from: ImageNet, all classes."""
+    """Whether this run is the source for transfer: ImageNet with all classes."""
     return cfg.dataset == "imagenet" and cfg.classes == "all"
 
 
@@ -144,8 +144,8 @@ def image_features(clip, x, P):
 
 def sinkhorn(C, epsilon, iterations):
     """Entropic transport plan (..., m, n) of cost C (..., m, n) between uniform marginals, in the
-    log domain and fp32, where exp(-C / epsilon) would underflow (Peyre and Cuturi 2019, Sec. 4.4).
-    The last update makes the columns' sums exact; the rows' approach 1/m."""
+    log domain and fp32, because exp(-C / epsilon) can underflow (Peyre and Cuturi 2019, Sec. 4.4).
+    The last update makes the column sums exact; the row sums approach 1/m."""
     A = -C.detach().float() / epsilon
     m, n = C.shape[-2:]
     v = 0.0
@@ -156,7 +156,7 @@ def sinkhorn(C, epsilon, iterations):
 
 
 def transport(patches, w, cfg):
-    """Sums of Q C (B,) of patches (B, N, D) and the templates w (B, T, D) of each image's class."""
+    """Sum of Q C (B,) over patches (B, N, D) and templates w (B, T, D) of each image's class."""
     C = 1 - patches @ w.transpose(1, 2)  # Eq. 7, (B, N, T)
     Q = sinkhorn(C, cfg.epsilon, cfg.iterations)
     return (Q * C).sum((1, 2))
@@ -190,8 +190,8 @@ def train(cfg, clip, data, prompt):
 
 
 def classifier(cfg, clip, prompt, data, target):
-    """logits(x, f) (B, K) for the class names of target; data: the Dataset trained on, whose
-    classes s is the mean of."""
+    """logits(x, f) (B, K) for the class names of target; data: the Dataset trained on; s
+    is the mean over its classes."""
     w_k = prompt(clip, Templates(clip, target))[1]
     P = prompt.prompts(prompt(clip, Templates(clip, data))[1])
     return lambda x, f: clip.scale * image_features(clip, x, P)[0] @ w_k.T

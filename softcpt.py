@@ -2,7 +2,7 @@
 
     U    context of task names, learned   (1 or T, m, d_t)    T  tasks     m  task_n_ctx
     V    context of class names, learned  (1 or K, n, d_t)    K  classes   n  class_n_ctx
-    W    meta-network, linear, learned    (M d_t, D or 2D)        of all tasks
+    W    meta-network, linear, learned    (M d_t, D or 2D)    K: over all tasks
     S    generated contexts               (T or K, M, d_t)    g  text encoder    s  1 / tau
     f_t  task feature  (T, D)    f_c  class feature  (K, D)   n(x) = x / ||x||   M  n_ctx
 
@@ -17,8 +17,8 @@
     (8)  with V and class_rate r < 1: over those in the batch, and ceil(r x the others) of each
          task, sampled in every step                    599-632,818-856
 
-The numbers are ours, the lines those of trainers/mtcoop.py. A --baseline learns S itself, not
-by (1) to (4) (mtcoop_hard.py:80-89). Prompts are as in coop.py, initial values from N(0, 0.02^2).
+Equation numbers are ours, line numbers trainers/mtcoop.py's. Prompts are built as in coop.py. A
+--baseline learns S directly (mtcoop_hard.py:80-89). Initial values are drawn from N(0, 0.02^2).
 
 Ding et al., "Multi-task prompt tuning with soft context sharing for vision-language models",
 Neurocomputing 603, 2024; arxiv.org/abs/2208.13474; github.com/kding1225/softcpt, commit 7cab4b9
@@ -29,15 +29,15 @@ Neurocomputing 603, 2024; arxiv.org/abs/2208.13474; github.com/kding1225/softcpt
 Result on shapes,textures,colours, 4 shots: 81.38 ± 2.20 % (n = 3), zero-shot 71.78; else none.
 
 Deviations from the official code, and its quirks that we keep:
- 1. One optimiser step per batch. The official code registers one optimiser three times, with V four
-    (726-736): 3 (4) steps per gradient and per epoch of the schedule. --official does the same.
+ 1. One optimiser step per batch. The official code registers its optimiser three times, four with
+    V (726-736): 3 (4) steps per gradient, 3 (4) schedule steps per epoch, as does --official.
  2. task_n_ctx is 4, as in the official README.md:59-72; the paper's parameter counts fit 8.
  3. The few-shot split of each task is CoOp's. The official code samples it in forked workers, so it
     is not reproducible (datasets/general10.py:83-87).
- 4. General-10 has CoOp's split files and our task names, because theirs are not public, so numbers
-    are only roughly comparable. Folders of Plant-6 are not re-split.
+ 4. General-10 uses CoOp's split files and our own task names, because the official ones are not
+    public; numbers are only roughly comparable. We do not re-split Plant-6's folders.
  5. Kept: f_t and f_c are not normalised (553-570), W has no bias (463,480), tasks are not
-    re-weighted (812-814), accuracy is by class for PER_CLASS and Fashion-20.
+    re-weighted (812-814), and accuracy on PER_CLASS and Fashion-20 is the mean over classes.
  6. Learnables, logits and losses are fp32. (8) does not shift the class features by 1e-6 (625-626).
     Base-to-new works on General-10; the official test cannot load its prompts (497-499,890-895).
 """
@@ -70,16 +70,16 @@ PER_CLASS = ["caltech101", "fgvc_aircraft", "oxford_flowers", "oxford_pets"]
 
 @dataclass
 class Config(common.Config):
-    dataset: str = "shapes,textures,colours"  # general10, or a comma list of data sets
-    tasks: str = ""  # comma list of the tasks' names; "" = made of the data sets' names
+    dataset: str = "shapes,textures,colours"  # general10, or comma-separated data sets
+    tasks: str = ""  # comma-separated task names; "" = derived from the data sets' names
     n_ctx: int = 16  # M, generated context vectors
     task_n_ctx: int = 4  # m, learned context vectors of the task names
-    task_context: Literal["shared", "specific"] = "shared"  # U: TA, or TS
+    task_context: Literal["shared", "specific"] = "shared"  # one U, or one per task
     class_n_ctx: int = 4  # n, learned context vectors of the class names
     class_context: Literal["none", "shared", "specific"] = "none"  # V: NA, CA, CS
-    class_rate: float = 0.0  # share of other classes per step; 0 = General-10: 0.1, else 1
+    class_rate: float = 0.0  # with V: share of other classes per step; 0: 0.1 on general10, else 1
     baseline: Literal["", "one context", "one per task"] = ""  # no W: CoOp-MT, or CoOp-CA
-    official: bool = False  # repeated optimiser steps, as the official code
+    official: bool = False  # repeat each optimiser step, as the official code does
 
     usual_model: ClassVar[str] = "RN50"
 
@@ -106,7 +106,7 @@ class SoftContext(nn.Module):
         nn.init.normal_(self.meta.weight, std=0.02)
 
     def forward(self, clip, words):
-        """w (K, D), unit text features of words, the Words of K classes of any tasks."""
+        """w (K, D): unit text features of the K classes in words (Words), from any tasks."""
         of = words.task  # (K,) each class's row of S
         if self.baseline:
             S = self.ctx if len(self.ctx) == 1 else self.ctx[words.tasks]  # (1 or T, M, d_t)
@@ -121,7 +121,7 @@ class SoftContext(nn.Module):
 
 
 def encode_own(clip, names, ctx, rows):
-    """Features of names, each behind its own row of ctx, or all behind a shared context."""
+    """Features of names, each after its own row of ctx, or all after one shared context."""
     ctx = ctx if len(ctx) == 1 else ctx[rows]
     return common.encode_prompts(clip, names, ctx, torch.arange(len(ctx), device=clip.device))
 
@@ -133,8 +133,8 @@ class Words(NamedTuple):
     short_names: common.Names
     titles: common.Names
     task: torch.Tensor  # (K,) the index of each class's title
-    tasks: slice  # rows of a specific U
-    columns: slice  # rows of a specific V
+    tasks: slice  # their rows in a task-specific U
+    columns: slice  # their rows in a class-specific V
 
     def select(self, columns):
         """The Words of some of the classes; columns: their indices, on the CPU."""
@@ -144,7 +144,7 @@ class Words(NamedTuple):
 
 
 def words_of(cfg, clip, names, titles, task, tasks=slice(None), columns=slice(None)):
-    """The Words of class names and titles; task: each class's title, on the CPU."""
+    """The Words of class names and titles; task (K,): index of each class's title, on the CPU."""
     texts = (names, cfg.n_ctx), (names, cfg.class_n_ctx), (titles, cfg.task_n_ctx)
     embedded = [common.embed_names(clip, *text) for text in texts]
     return Words(*embedded, common.to_device(task, clip.device), tasks, columns)
@@ -182,7 +182,7 @@ def tasks_of(cfg, sets):
     titles = [title.strip() for title in cfg.tasks.split(",") if title.strip()]
     titles = titles or [title_of(d.name) for d in sets]
     if len(titles) != len(sets) or len({d.name for d in sets}) < len(sets):
-        problem = "it has a task twice, or --tasks does not name each once"
+        problem = "a data set is listed twice, or --tasks does not give each a name"
         raise common.Error(f"--dataset {cfg.dataset}: {problem}")
     sizes = torch.tensor([len(d.classnames) for d in sets])
     first = (sizes.cumsum(0) - sizes).tolist()
@@ -201,7 +201,7 @@ def task_loss(logits, labels, column_task):
 
 
 def sample_classes(labels, column_task, rate):
-    """Sorted columns of the batch, and ceil(rate x others) of each task; all on the CPU."""
+    """Sorted columns: the batch's, and ceil(rate x others) of each task; all on the CPU."""
     positive = torch.zeros_like(column_task, dtype=torch.bool)
     positive[labels] = True
     chosen = [positive.nonzero()[:, 0]]
@@ -250,7 +250,7 @@ def train(cfg, clip, tasks, prompt):
 
 
 def classifier(cfg, clip, prompt, data, target):
-    """w (K, D) of target's class names, a task of data, the Tasks, or another. Raises Error."""
+    """w (K, D) for the classes of target: one of data's tasks, or any data set. Raises Error."""
     names = [d.name for d in data.sets]
     known = target.name in names
     t = names.index(target.name) if known else 0

@@ -13,7 +13,7 @@
     (6)  v = n(feature of [CLS ; patches ; P])                  clip/model.py:258-283
     (7)  L = mean over the batch of CE(s <v, w_i>, y)           trainers/unified.py:234-235,299-301
 
-The numbers are ours, the lines those of the official code. MHA is nn.MultiheadAttention (biases,
+Equation numbers are ours, line numbers the official code's. MHA is nn.MultiheadAttention (biases,
 output projection) with one head, over all 2M rows; W_1, W_2 (d_t, d_t); U is initialised from
 N(0, 0.02^2). Prompts are built as in coop.py. P gets no positional embedding, joins before ln_pre,
 and stays from block to block; v is the class token's feature. There is no dropout at test time.
@@ -33,12 +33,12 @@ sees 2M sequences of length 1, every attention weight is 1, and no row reaches a
 (trainers/unified.py:83,92-94,121,131); and the layer runs once per tower, with independent dropout
 (119-137). Deviations and choices:
  1. Default: attention over all rows, one pass per step, in the official layer (we had no access to
-    the paper's full text). --official: no mixing, two passes. The second pass changes only random
-    numbers, because no two rows share a dropout mask.
- 2. Learnables are fp32; the official code casts them to fp16 (83-86,95-117). As there, U is random:
-    its words "a photo of a" only set M = 4 (36,40,58).
- 3. Epochs follow CoOp's table by shots, inferred from the names of the official configs; for base
-    to new it has 10 on Caltech101 (scripts/unified/base2new_train_caltech-101.sh:11).
+    the paper's full text). --official: no mixing, two passes. The second pass only changes which
+    random numbers are drawn: rows do not interact, and no two share a dropout mask.
+ 2. Learnables are fp32; the official code casts them to fp16 (83-86,95-117). As in that code, U is
+    random: the words "a photo of a" only set M = 4 (36,40,58).
+ 3. Epochs by shots follow CoOp's table, as the names of the official configs suggest. For base to
+    new, the official code has 10 on Caltech101 (scripts/unified/base2new_train_caltech-101.sh:11).
  4. --side text or visual: U has M rows, all for that tower; the other tower is CLIP's own (hand
     template, no visual prompts).
  5. The official code calls forward_prompt_shallow (222), which its clip/model.py lacks; we take
@@ -62,9 +62,9 @@ EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}  # by shots, else 200; ImageNe
 @dataclass
 class Config(common.Config):
     n_ctx: int = 4  # M, prompts per tower
-    official: bool = False  # as the official code: no mixing, two passes with independent dropout
+    official: bool = False  # follow the official code: no mixing, two passes, independent dropout
     side: Literal["both", "text", "visual"] = "both"  # which tower is prompted
-    dropout: float = 0.1  # in the transform
+    dropout: float = 0.1  # dropout probability in the transform
 
 
 class UnifiedPrompt(nn.Module):  # Fig. 1 c
@@ -96,7 +96,7 @@ class UnifiedPrompt(nn.Module):  # Fig. 1 c
         return S + self.drop(self.linear2(hidden))  # Eq. 2
 
     def forward(self):
-        """V (1, M, d_t) and P (M, d_v); zero rows for a tower without prompts."""
+        """V (1, M, d_t) and P (M, d_v); no rows for a tower without prompts."""
         U = self.transform()
         again = self.transform() if self.official else U  # one pass per tower
         V = U[:, : self.n_text]  # Eq. 3

@@ -27,7 +27,7 @@ from tests.tools import shapes
 
 METHODS = {"coop": coop, "dpt": dpt, "upt": upt, "enprompt": enprompt, "softcpt": softcpt}
 
-# tqdm's own lock is shared with forked children; one that is killed within it would stop us all
+# tqdm's own lock is shared with forked children: one killed while holding it would hang us all
 tqdm.set_lock(threading.RLock())
 
 # Small tensors gain nothing from more threads, which on a shared machine wait for each other
@@ -154,11 +154,11 @@ Step = namedtuple("Step", "before loss gradients times")
 
 
 def rehearse(method, cfg, clip, data, prompt, batches=None, epochs=(0,), moving=False):
-    """What method.train does in the epochs numbered: (its Steps, [rates of the groups] per epoch).
+    """Runs some epochs of method.train: (its Steps, [rates of the groups] per epoch).
 
-    Every step is taken by the project's own Optimizer. Unless moving, what it moved is put back.
+    The project's own Optimizer takes every step. Unless moving, the learnables are put back.
     batches: pairs of images and labels, the same in every epoch; None: those of common.Loader.
-    epochs: None for all that the method asks for.
+    epochs: their numbers; None for all that the method asks for.
     """
     steps, rates, take_step = [], [], common.Optimizer.step
 
@@ -222,7 +222,7 @@ class Code:
 
 @contextlib.contextmanager
 def interrupted(at):
-    """The body's training ends like a Ctrl-C in its step number at, which it must reach."""
+    """Interrupts the training in its body, like Ctrl-C, in step `at`, which it must reach."""
     taken, take_step = [], common.Optimizer.step
 
     def counted(optimizer, loss):

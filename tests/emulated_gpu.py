@@ -16,8 +16,8 @@ that backward() calls, such as a hook, may use them but not move others with `.t
 
 How it works: a `DeviceTensor` has no memory of its own; it holds a tensor of the CPU, its `host`.
 Each operator on it arrives, after autograd has recorded it, in `Operators`, which counts it, runs
-it on the tensors of the host and wraps the result. `Requests` stands before that, where Python
-calls PyTorch, for what would go past `Operators`.
+it on the tensors of the host and wraps the result. `Requests` comes earlier, where Python calls
+PyTorch, and catches what would bypass `Operators`.
 
 What it cannot show: time, memory, the numbers of CUDA's own kernels, its random numbers (a
 generator is always the CPU's and refused), a second device or stream, autocast (allowed, without
@@ -55,8 +55,8 @@ CPP_DEVICE = torch.device("meta")
 
 @functools.cache
 def device():
-    """The device. torch.device() reads no name that is not registered, which lasts for the whole
-    process; so it is registered when it is first used."""
+    """The device, registered at its first use: torch.device() reads registered names only, and a
+    registration lasts for the whole process."""
     torch.utils.rename_privateuse1_backend("nogpu")
     module = types.SimpleNamespace(
         is_available=lambda: False,  # for torch.accelerator, which would ask for streams
@@ -114,7 +114,7 @@ class DeviceTensor(torch.Tensor):
 
 @functools.cache
 def is_view(func):
-    """Whether func only names memory anew: its signature is like (Tensor(a)) -> Tensor(a)."""
+    """Whether func returns a view of its input: its signature is like (Tensor(a)) -> Tensor(a)."""
     if torch.Tag.inplace_view in func.tags:
         return True
     results = [result.alias_info for result in func._schema.returns]
@@ -181,7 +181,7 @@ class Operators(TorchDispatchMode):
             self.gpu.wait("to host")
 
     def refuse_mixed(self, func, args, kwargs, tensors):
-        """The host may mix in single numbers, and indices, which CUDA copies to the device."""
+        """Refuses tensors of the host, except single numbers and indices (which CUDA copies)."""
         name = func.overloadpacket.__name__
         if kwargs.get("generator") is not None:
             refuse(name, kwargs["generator"].get_state())
@@ -274,7 +274,7 @@ class Counts(NamedTuple):
 
 
 class Emulated:
-    """Within this context "nogpu" is a device, and what it is asked for is counted here."""
+    """Within this context "nogpu" is a device, and all requests to it are counted."""
 
     def __init__(self):
         device()

@@ -1,4 +1,4 @@
-"""For the tests: the fifteen benchmarks in small, in their layout, and a CLIP of one layer."""
+"""For the tests: miniatures of the fifteen benchmarks, in their layouts, and a one-layer CLIP."""
 
 import functools
 import io

@@ -12,7 +12,7 @@ from tests.conftest import HERE, METHODS
 
 AUDIT = (HERE / "tests" / "AUDIT.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## (\S+)\.py\n(.*?)(?=^## |\Z)", AUDIT, re.M | re.S))
-WRONG = [  # what we once said of the official codes, and they do not do
+WRONG = [  # false claims that we once made about the official codes
     r"NaN ends (its|the) training",
     r"undefined (when|where|if) no true class",
     r"eight templates on ImageNet|on ImageNet,? (it has )?eight templates",
@@ -35,7 +35,7 @@ def equations(name):
     doc = ast.get_docstring(ast.parse(source(name)), clean=False)
     lines = doc[doc.index("    (1)") :].splitlines()
     blank, found = False, []
-    for line in lines:  # an equation goes on in lines that are further indented
+    for line in lines:  # an equation continues on lines that are indented further
         if number := re.match(r" {4}\((\d+)\) ", line):
             found.append([int(number[1]), line])
         elif line.startswith(" " * 9) and not blank:

@@ -1,4 +1,4 @@
-"""Data sets: the fifteen benchmarks in small, CoOp's few-shot split, folders of your own images."""
+"""Data sets: miniature benchmarks, CoOp's few-shot split, folders of your own images."""
 
 import collections
 import json

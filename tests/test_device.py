@@ -1,7 +1,7 @@
 """Every method on the emulated GPU: where its tensors are, what a step asks for, its numbers.
 
-A step is counted from the end of the one before, so with the loading of its batch. An epoch's first
-step is not counted: it ends the epoch before, or makes what the later ones find.
+A step is counted from the end of the previous one, so its batch loading is included. An epoch's
+first step is not counted: its requests include a checkpoint, or set-up that later steps reuse.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def run(monkeypatch, tmp_path):
 
 
 def assert_same(ours, theirs):
-    """Two Runs, but for the device, the time and what was asked for."""
+    """Asserts that two Runs agree in accuracy, learnables and records."""
     assert ours.accuracy == theirs.accuracy
     torch.testing.assert_close(ours.prompt, theirs.prompt, rtol=1e-3, atol=1e-5)
     keys = "evaluated_on", "classes", "accuracy", "mean_class_accuracy", "zero_shot", "n_test"

@@ -180,7 +180,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["download.py", "dttd", "--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="^2$"):
         runpy.run_path(download.__file__, run_name="__main__")
-    assert capsys.readouterr().err == "error: no data set 'dttd' to download; near it: dtd\n"
+    assert capsys.readouterr().err == "error: no data set 'dttd' to download; similar: dtd\n"
     with pytest.raises(SystemExit, match="^0$"):
         download.main(["--help"])
     assert "usage: python -m tests.tools.download" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_three_at_once_end_with_one_whole_copy(crowd, serve, tmp_path):
 
 
 def killed(n, root):
-    """Downloads dtd, killed before it opens, makes, renames or deletes for the n-th time."""
+    """Downloads dtd; is killed before its n-th open, mkdir, rename or rmtree."""
     count = itertools.count(1)
 
     def hook(event, arguments):
@@ -286,7 +286,7 @@ UP = [("../../../evil", b"evil")]
 LINK = [("link", (tarfile.SYMTYPE, "../../..")), ("link/evil", b"evil")]
 ZIP_LINK = zipfile.ZipInfo("link")
 ZIP_LINK.external_attr = 0o120777 << 16
-# What is wrong, name, entries besides the good ones, damage to it all, what the line says if any
+# What is wrong: name, extra entries, damage to the whole archive, what the error line says
 BAD = {
     "tar up": ("imagenet_a", UP, None, "outside"),
     "tar absolute": ("imagenet_a", [(EVIL, b"evil")], None, ""),  # loses its first slash

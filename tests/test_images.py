@@ -217,7 +217,7 @@ def test_an_image_that_cannot_be_read_is_named(content, tmp_path):
 
 @pytest.fixture
 def boxes(monkeypatch):
-    """The (top, left, height, width) of all boxes that are cut out, which show nothing."""
+    """The (top, left, height, width) of all crops; the crops themselves are blank."""
     found = []
 
     def cut(image, top, left, height, width, size, interpolation):
@@ -244,8 +244,8 @@ def torchvisions(height, width, crop, n):
 
 
 def alike(a, b):
-    """Whether two samples' means and distributions differ by no more than chance: by 4 standard
-    errors, and by Kolmogorov and Smirnov's bound for one pair in 10,000."""
+    """Whether two samples' means differ by at most 4 standard errors, and their distributions by
+    at most the Kolmogorov-Smirnov bound that one pair in 10,000 exceeds by chance."""
     n, at = len(a), np.concatenate([a, b])
     shares = [np.searchsorted(np.sort(x), at, side="right") / n for x in (a, b)]
     means = abs(a.mean() - b.mean()) <= 4 * np.sqrt((a.var() + b.var()) / n)

@@ -1,8 +1,8 @@
 """Users' mistakes: each ends in one line that says what is wrong, before an epoch is trained.
 
-A row is what is typed behind `python`, a regular expression of what the line says, and what is
-prepared in the working folder: patterns of tests.fake_benchmarks.tree; -PATH deletes a file; @NAME
-writes a benchmark in small below data, @NAME:600 its first 600 class folders, @NAME/val: of a part.
+A row is what is typed after `python`, a regular expression for the line, and what is prepared in
+the working folder: patterns of tests.fake_benchmarks.tree; -PATH deletes a file; @NAME writes a
+miniature benchmark below data, @NAME:600 its first 600 class folders, @NAME/val:600 those of val/.
 """
 
 import re

@@ -38,7 +38,7 @@ def trained(rendered, tmp_path_factory):
 
 @pytest.fixture
 def images(rendered, tmp_path):
-    """Three test images, rendered below tmp_path / "new": two in class folders, one not."""
+    """Three test images, copied below tmp_path / "new": two in class folders, one not."""
     items = common.load_dataset("textures", rendered).test[:3]
     places = [tmp_path / "new" / name for name in ("3.png", "a/1.png", "b/2.png")]
     for (file, *_), place in zip(items, places, strict=True):
@@ -77,8 +77,8 @@ def evaluated(run):
 def test_accuracy_is_the_recorded_one_without_the_training_images(
     name, trained, rendered, asked, tmp_path
 ):
-    """Class by class and image by image, from a data set's name and from a folder, with the CLIP
-    and the test images alone, which moved."""
+    """Per class and per image, by data set name and by folder, given only the CLIP and the test
+    images, both moved."""
     method = METHODS[name]
     run = trained(method, **({"dataset": "textures,colours"} if method is softcpt else {}))
     moved = shutil.copytree(rendered / "shapes/textures/test", tmp_path / "moved/test")

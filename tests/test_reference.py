@@ -2,9 +2,9 @@
 
     python -m pytest -s tests/test_reference.py      # prints a line of differences for each method
 
-The numbers compared are those of train itself: it starts from the official parameters, meets the
-official batch, and what it computes on the way is recorded. An array's difference is the largest
-one between two of its elements, divided by the array's largest element.
+The numbers compared are train's own: it starts from the official parameters, gets the official
+batch, and its intermediate results are recorded. An array's difference is the largest one between
+our element and the official one, divided by the largest official element.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def hand_classifier(clip, classnames):
 
 
 def run(method, clip, data, batches, start=None, met=(0,), moving=False, **options):
-    """The Run of method.train that meets the same batches in each of the epochs met.
+    """Runs method.train on the same batches in each of the epochs met; returns the Run.
 
     batches: pairs of images and labels. start: values by the names of our learnables; None keeps
     the initial ones.
@@ -207,7 +207,7 @@ class Figures:
         self.differences.setdefault(kind, {})[name] = (difference / largest).item()
 
     def compare_integers(self, name, ours):
-        """As compare, but a single token or class that is another one must not be small."""
+        """Like compare, but exact: one wrong token or class must not pass as a small error."""
         assert torch.equal(self.arrays[name].long(), torch.as_tensor(ours).long()), name
         self.compare(name, ours)
 

@@ -94,7 +94,7 @@ def run(name, *options, disturb=None):
 
 
 def refusal(name, *options, disturb=None):
-    """The one line with which a command ends that must not succeed."""
+    """The one error line of a command that must fail."""
     code, text = end(start(name, *options, disturb=disturb))
     return one_line(code, text)
 
@@ -150,7 +150,7 @@ def interrupt():
 
 
 def full_disk(moment):
-    """The moment-th file that is written finds half of the place that it needs."""
+    """Fills the disk halfway through the moment-th write of a file."""
     write_bytes, count = Path.write_bytes, 0
 
     def write_half(path, content):

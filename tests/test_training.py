@@ -1,4 +1,4 @@
-"""Trainings that are interrupted, repeated or diverge."""
+"""Training runs that are interrupted, repeated or diverge."""
 
 import gc
 

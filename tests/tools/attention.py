@@ -13,13 +13,13 @@ SIDE, MARGIN = 224, 16  # pixels of a cell, and of the line of text above it
 RED = 255, 32, 0
 STRENGTH = 0.7  # of the red where the attention is greatest
 MEANING = f"""\
-red is where the prompts of the {SHOWN} classes predicted as likeliest look; "no prompt": frozen \
-CLIP, which selects the classes that get prompts, did not select this class"""
+red is where the prompts of the {SHOWN} top predicted classes look; "no prompt": only classes \
+selected by frozen CLIP get a prompt, and this one was not selected"""
 
 
 def rows_of(run, target, x, f, logits):
-    """A row of cells (text, image) per image of a batch: the image alone, then, over it in red, the
-    last layer's attention from the prompt of each of its likeliest classes to the patches.
+    """Returns a row of (text, image) cells for each image of a batch: the image alone, then a copy
+    per likeliest class with, in red, the last layer's attention from its prompt to the patches.
 
     run: predict's Run; x (B, 3, H, W): normalised images, f (B, D): their frozen features, logits
     (B, K).
@@ -53,7 +53,7 @@ def resized(image):
 
 
 def overlaid(image, heat):
-    """The image, the redder the hotter; heat (N,): one number per patch of a square."""
+    """The image with heat overlaid in red; heat (N,): one number per patch of a square grid."""
     side = math.isqrt(len(heat))
     share = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
     mask = resized(to_pil_image(STRENGTH * share.view(1, side, side)))

@@ -2,17 +2,17 @@
 
     python -m tests.tools.benchmark [--device cpu] [--classes 100,1000] [--rows text,coop,dpt]
 
-Plain: each class pushes its 77 tokens through the text tower, in open_clip's own blocks. A row is
-two epochs of a method's train() on ViT-B/16 with random weights and images; "text" is the text
-tower alone, with one context of 16 vectors.
+The plain path encodes all 77 tokens of every class with open_clip's own blocks. A row is two
+epochs of a method's train() on ViT-B/16 with random weights and images; "text" is the text tower
+alone, with one context of 16 vectors.
 
 s           seconds of the faster epoch
-MB          of the tensors that the first step keeps for its backward pass, without CLIP's weights
-differ by   the largest difference, relative to the largest number, of losses and last gradients
-launches    kernels of one step of ours on the emulated GPU, at the first number of --classes
+MB          tensors that the first step saves for its backward pass, without CLIP's weights
+differ by   largest difference of losses and of last gradients, relative to the largest value
+launches    kernels that one of our steps launches on the emulated GPU, at the first of --classes
 
-On a CPU the plain text tower at 1000 classes would keep 18 GB, so it takes 100 at a time and
-computes them twice; the first pass's seconds are taken off. The project's figures are made with
+On a CPU the plain text tower would save 18 GB at 1000 classes, so it encodes 100 at a time with
+gradient checkpointing; its first forward pass is not counted. The project's figures are made with
 
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 """
@@ -121,7 +121,7 @@ class Measured(NamedTuple):
 
 
 class Kept(saved_tensors_hooks):
-    """Notes the sizes of the tensors that this block keeps for a backward pass, but CLIP's."""
+    """Notes the sizes of the tensors saved for backward in its block, except CLIP's weights."""
 
     def __init__(self, clip):
         super().__init__(self.note, lambda tensor: tensor)
@@ -136,7 +136,7 @@ class Kept(saved_tensors_hooks):
 
 
 def measure(method, cfg, clip, sets, functions):
-    """The Measured of two epochs of method.train with these functions in place of common's."""
+    """Measures two epochs of method.train with these functions in place of common's."""
     seconds, losses, kept = [], [], []
     tally, take_step = Kept(clip), common.Optimizer.step
 
@@ -160,8 +160,8 @@ def measure(method, cfg, clip, sets, functions):
 
 
 def requests(method, cfg, layers, classes, folder):
-    """The Counts of a step in steady state on the emulated GPU, the loading of its batch included.
-    They depend on CLIP's layers, not on its widths."""
+    """The Counts of one steady-state step on the emulated GPU, including the loading of its batch.
+    They depend on CLIP's number of layers, not on its widths."""
     counts, take_step = [], common.Optimizer.step
     sets = [noise(folder, classes, 2 * cfg.batch_size)]
     with Emulated() as gpu:
@@ -176,8 +176,8 @@ def requests(method, cfg, layers, classes, folder):
 
 
 def train(method, cfg, clip, sets, step, functions):
-    """Runs method.train with another Optimizer.step and other functions of common, without its
-    output; returns the learnables."""
+    """Runs method.train silently, with Optimizer.step and some of common's functions replaced;
+    returns the learnables."""
     data = softcpt.tasks_of(cfg, sets) if method is softcpt else sets[0]
     prompt = method.learnables(cfg, clip, data)
     with (
@@ -190,14 +190,14 @@ def train(method, cfg, clip, sets, step, functions):
 
 
 def now(clip):
-    """Seconds, once the device has done what it was asked for."""
+    """The time in seconds, once the device has finished its queued work."""
     if clip.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def narrow(layers):
-    """A CLIP of open_clip of little width, with random weights."""
+    """A narrow open_clip CLIP with random weights."""
     torch.manual_seed(0)
     vision = {"image_size": 16, "layers": layers, "width": 32, "patch_size": 8, "head_width": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": layers}
@@ -207,7 +207,7 @@ def narrow(layers):
 
 
 def noise(folder, classes, count, size=20, name="noise", first=0):
-    """A data set of random square images, its classes in turn; class names from `first` on."""
+    """A data set of random square images, labelled in turn; its names start at NAMES[first]."""
     rng, items, names = np.random.default_rng(first), [], (NAMES * 2)[first : first + classes]
     for i in range(count):
         path = Path(folder, f"{name}{size}_{i}.png")

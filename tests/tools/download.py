@@ -2,7 +2,7 @@
 
     python -m tests.tools.download caltech101 --data data
 
-An archive in --data under its own name is used instead of the address. No address was tried.
+An archive in --data, under its own name, is used instead of its URL. The URLs are untested.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main(argv=None):
 
 
 def download(name, root):
-    """Downloads what root lacks of a benchmark. Raises Error, OSError."""
+    """Downloads the parts of a benchmark that root lacks. Raises Error, OSError."""
     if name == "imagenet":
         raise common.Error(
             "imagenet needs a login: get it at image-net.org, and lay it out as "
@@ -88,7 +88,7 @@ def download(name, root):
         )
     if name not in ARCHIVES:
         near = ", ".join(difflib.get_close_matches(name, ARCHIVES, 4, 0.4) or ARCHIVES)
-        raise common.Error(f"no data set {name!r} to download; near it: {near}")
+        raise common.Error(f"no data set {name!r} to download; similar: {near}")
     folder, images, title, _ = common.BENCHMARKS[name]
     target, temporary = root / folder, root / f".{folder}.partial"
     target.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def get_images(url, home, inside, temporary):
 
 @contextlib.contextmanager
 def explained(url, place):
-    """Turns what the libraries raise, of many kinds, into an Error that says what to do."""
+    """Turns any exception raised inside into an Error that says what to do."""
     try:
         yield
     except Exception as problem:
@@ -153,7 +153,7 @@ def fetch(url, place, temporary):
             return place
         print(f"{place}: wrong checksum; downloading it again", flush=True)
     if url.startswith((TORCHGEO, PROMPTKD)):
-        print(f"{url} is a third party's copy: the owners' link does not work, their terms hold")
+        print(f"{url} is a third party's copy: the owners' link is broken, but their terms apply")
     if hub := re.fullmatch(HUB + "(?:(dataset)s/)?(.+)/resolve/(.+?)/(.+)", url):
         kind, repo, revision, file = hub.groups()
         hf_hub_download(repo, file, repo_type=kind, revision=revision, local_dir=temporary)
@@ -166,7 +166,7 @@ def fetch(url, place, temporary):
 
 
 def is_right(path):
-    """Whether a file has its checksum, if that is known."""
+    """Whether a file has the right checksum; an archive without a known one passes."""
     known = CHECKSUMS.get(path.name)
     if path.suffix != ".json":
         return not known or check_md5(path, known)
@@ -175,7 +175,7 @@ def is_right(path):
 
 
 def unpack(archive, folder):
-    """Unpacks an archive of which nothing may leave the folder. Raises many kinds."""
+    """Unpacks an archive, letting nothing land outside the folder. Raises many kinds."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as file:
             for path in map(PurePosixPath, file.namelist()):
@@ -194,7 +194,7 @@ def unpack(archive, folder):
 
 
 def data_without_links(member, folder):
-    """tarfile's data filter, which symbolic links could deceive (CVE-2025-4517)."""
+    """tarfile's data filter, but without symbolic links, which can fool it (CVE-2025-4517)."""
     if member.issym():
         raise ValueError(f"{member.name} is a symbolic link")
     return tarfile.data_filter(member, folder)

@@ -12,8 +12,8 @@ COLUMNS = 4  # panels side by side
 
 
 def plot(rows, file):
-    """Draws a panel of accuracies per data set, and one of losses per data set trained on; means
-    ± 1 std over seeds. rows: the report's Rows. Raises Error."""
+    """Draws an accuracy panel per data set and a loss panel per training set: means ± 1 std over
+    seeds. rows: the report's Rows. Raises Error."""
     try:
         import matplotlib
 
@@ -78,7 +78,7 @@ def accuracies(rows):
 
 
 def losses(rows):
-    """{title: [(line, shots, epochs, means, stds)]} of all runs that keep their losses."""
+    """{title: [(line, text, epochs, means, stds)]} of all runs that recorded their losses."""
     runs = {}
     for row in rows:
         if row.losses and row.setting.kind != "transfer":
@@ -101,7 +101,7 @@ def losses(rows):
 
 
 def draw(axis, title, curves, colours):
-    """One panel; text stands at a curve's end."""
+    """Draws one panel, with each text at the end of its curve."""
     for line, text, x, mean, std in curves:
         mean, std = np.array(mean), np.array(std)
         style = ":" if line.startswith("zero-shot") else "-"

@@ -1,12 +1,12 @@
-"""Asks a finished run of any method. RUN is its folder; its training images are not needed.
+"""Predicts with a finished run of any method. RUN is its folder; no training images are needed.
 
     python -m tests.tools.predict RUN IMAGES...        likeliest classes of files and folders
     python -m tests.tools.predict RUN FOLDER           accuracy on all images FOLDER/<class>/*.jpg
     python -m tests.tools.predict RUN --dataset NAME   accuracy on a data set's test images
     python -m tests.tools.predict RUN --interpret      words nearest to the learned contexts
 
-With the accuracy come those of the classes and the most confused pairs. If FOLDER's classes are
-classes of the run, its images are classified among all of the run's, else among FOLDER's. With
+Per-class accuracies and the most confused pairs follow the accuracy. If the run knows all of
+FOLDER's classes, images are classified among all of the run's classes, else among FOLDER's. With
 --names, folders are searched for unlabelled images.
 """
 
@@ -39,12 +39,12 @@ METHODS = {
 NEAREST = 3  # words per context vector
 PAIRS = 10  # confused pairs
 CONTEXTS = "ctx", "task_ctx", "class_ctx"  # learnables that stand where words do
-OVERRIDES = "model", "pretrained", "data", "device"  # options that may be others than the run's
+OVERRIDES = "model", "pretrained", "data", "device"  # options that may differ from the run's
 
 
 class Run(NamedTuple):
-    """A finished run: options, CLIP, the method's module; data, what it was trained on, a Dataset
-    without images (SoftCPT: Tasks), and sets, a list of these; the learnables, in eval mode."""
+    """A finished run: options, CLIP, the method's module; data, the Dataset trained on, without
+    images (SoftCPT: Tasks); sets, a list of its Datasets; prompt, the learnables in eval mode."""
 
     cfg: common.Config
     clip: common.Clip
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 def load_run(run, **overrides):
-    """The Run of a folder; overrides: options that are others now. Raises Error."""
+    """Loads the Run in a folder; overrides: options to replace the run's. Raises Error."""
     path = Path(run, "checkpoint.pt")
     if not path.is_file():
         raise common.Error(f"{run} is not a run: it has no checkpoint.pt")
@@ -121,7 +121,7 @@ def plain(name):
 
 
 def task_of(run, task):
-    """The Dataset trained on; of SoftCPT's the one named, or the first. Raises Error."""
+    """The Dataset trained on; for SoftCPT the one named task, or the first. Raises Error."""
     for dataset in run.sets:
         if task in ("", dataset.name):
             return dataset
@@ -142,8 +142,8 @@ def renamed(run, target, names):
 
 
 def class_folders(place):
-    """{class folder: its images} of a folder that holds no images itself, else {}; with train/ and
-    test/ of test/."""
+    """{class folder: its images} of a folder, or {} if it holds images itself; if it holds train/
+    and test/, those of test/."""
     inside = common.listed(Path(place))
     folders = {path.name: path for path in inside if path.is_dir()}
     if {"train", "test"} <= folders.keys():
@@ -154,7 +154,7 @@ def class_folders(place):
 
 
 def images_of(place):
-    """A file; of a folder the images in and below it that are not hidden. Raises Error."""
+    """[place]; for a folder, the images in and below it, without hidden ones. Raises Error."""
     if not place.is_dir():
         return [place]
     images = []
@@ -211,7 +211,7 @@ def readable(run, item):
 
 
 def print_image(item, p, classnames, options):
-    """Prints the likeliest classes of an image; of a labelled one as JSON alone."""
+    """Prints the likeliest classes of an image; for a labelled one, only with --json."""
     file, label = item[:2]
     top = p.topk(min(options.top, len(p)))
     names = [classnames[k] for k in top.indices]
@@ -271,8 +271,8 @@ def main(argv=None):
     add("--json", action="store_true", help="print one line of JSON per image")
     add("--top", type=int, default=5, help="number of classes printed per image [5]")
     add("--names", default="", help="class names to choose from: a,b,c")
-    add("--task", default="", help="SoftCPT: whose context and classes [the first task's]")
-    add("--attention", default="", help="DPT: PNG file of where CAVPT's prompts look")
+    add("--task", default="", help="SoftCPT: task whose context and classes to use [the first]")
+    add("--attention", default="", help="DPT: PNG file for CAVPT's attention maps")
     add("--device", default="", help="default: cuda if available, else cpu")
     for name in "model", "pretrained", "data":
         add(f"--{name}", default=argparse.SUPPRESS, help="default: the run's own")

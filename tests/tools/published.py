@@ -9,7 +9,7 @@ import numpy as np
 
 FEW_SHOT, TASKS, HALVES, TRANSFER = "few-shot", "tasks", "base to new", "transfer"  # kinds of rows
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
-# Options that papers leave open, so that a run with them stands beside the same numbers
+# Options that papers leave open: runs with these values are compared with the same numbers
 OPEN = {"official": True, "task_n_ctx": 8}
 # SoftCPT's suites (RS-8's members are not public): number of tasks, names in those of the folders
 SUITES = {
@@ -29,7 +29,7 @@ def averaged(parts):
 
 
 def harmonic(base, new):
-    """H of the means of two {seed: accuracy} over the seeds that both have; None without."""
+    """H of the means of two {seed: accuracy}, over the seeds in both; None if there are none."""
     shared = base.keys() & new.keys()
     if not shared:
         return None
@@ -39,7 +39,7 @@ def harmonic(base, new):
 
 
 def cell(found, rows=()):
-    """The text of a {seed: accuracy}; rows: those it is of, for the mark of a note."""
+    """A {seed: accuracy} as text, with a † if its rows disagree on a fact."""
     numbers = [*found.values()]
     text = f"{np.mean(numbers):.2f}" if numbers else ""
     if len(numbers) > 1:
@@ -67,7 +67,7 @@ def markdown(head, lines):
 
 
 def protocols(row):
-    """The published protocols that a row belongs to; a suite's name stands for that of its mean."""
+    """The published protocols that a row belongs to; for tasks of a suite, the suite's name."""
     kind, source = row.setting.kind, row.setting.source
     if kind == FEW_SHOT:
         return ["few-shot", "from imagenet"] if row.on == "imagenet" else ["few-shot"]
@@ -157,6 +157,6 @@ def comparison(rows):
             sources[source] = PUBLISHED["sources"][source]
     if not lines:
         return ""
-    notes = ["*: more than two std of ours, over two seeds or more."]
+    notes = ["*: differs by more than two of our standard deviations, over at least two seeds."]
     notes += [f"{name}: {text}." for name, text in sources.items()]
     return "\n".join([markdown(HEAD.split(","), lines), "", *notes])

@@ -76,7 +76,7 @@ def arrow(path):
 
 
 def level(block):
-    """The middle of a block, 1 ... BLOCKS from below; 0: of what comes before the blocks."""
+    """The y of the middle of block 1 ... BLOCKS, from below; 0: of the box before the blocks."""
     return 211 + 19 * (BLOCKS - block)
 
 

@@ -3,8 +3,8 @@
     python -m tests.tools.report --out runs
     python -m tests.tools.report --plot FILE    accuracy against shots, loss per epoch (matplotlib)
 
-A row belongs to a cell by its own config, not by where its file lies. A cell is mean ± std (ddof 0)
-over seeds, with their number. H is that of the means.
+A row's cell follows from its config, not from where its file lies. A cell is mean ± std (ddof 0)
+over seeds, with their number in parentheses. H is computed from the means.
 """
 
 import argparse
@@ -47,7 +47,7 @@ IN_TITLES = {"dataset", "shots", "model", "classes", "seed"}  # options that a l
 
 
 class Setting(NamedTuple):
-    """What the runs of a line of a table have in common, beside the data set."""
+    """What all runs in a table line have in common, apart from the data set."""
 
     model: str
     shots: int
@@ -76,22 +76,22 @@ class Row(NamedTuple):
 
 
 def read(out):
-    """The Rows below a folder; of one seed the latest counts. Files that hold no row are named on
-    stderr. Raises Error."""
+    """The Rows below a folder, the latest for equal options and seeds. Files that are not rows are
+    named on stderr. Raises Error."""
     latest = {}
     paths = sorted(Path(out).rglob("results/*.json"), key=lambda path: path.stat().st_mtime)
     for path in paths:
         try:
             row = row_of(json.loads(path.read_text("utf-8")))
         except Exception as problem:  # a foreign file may hold anything
-            print(f"left out: {path} is no row of results ({problem!r})", file=sys.stderr)
+            print(f"skipped {path}: not a row of results ({problem!r})", file=sys.stderr)
             continue
         key = row.setting, row.on, row.half, row.seed
         if key in latest and latest[key].value != row.value:
             print(f"{path} replaces an earlier row of the same options and seed", file=sys.stderr)
         latest[key] = row
     if not latest:
-        raise common.Error(f"{out} holds no results; --out names another folder")
+        raise common.Error(f"{out} holds no results; set --out to the folder of the runs")
     return sorted(latest.values(), key=lambda row: (place(row.setting), row.seed))
 
 
@@ -104,7 +104,7 @@ def place(setting):
 
 
 def row_of(row):
-    """The Row of a JSON object. Raises some built-in error for what is none of ours."""
+    """The Row of a JSON object. Raises some built-in error if it is not one of ours."""
     config, method, on = row["config"], row["method"], row["evaluated_on"]
     per_class = method == "softcpt" and (on in softcpt.PER_CLASS or "fashion20" in on)
     kind = "mean_class_" if per_class else ""
@@ -174,7 +174,7 @@ def notes(rows):
 
 
 def accuracy_table(rows):
-    """Lines of methods; columns of data sets and, of several, their average."""
+    """A line per method; a column per data set and, if there are several, their average."""
     columns = dict(sorted(grouped(rows, lambda row: row.on).items()))
     last = ["average"] if len(columns) > 1 else []
     zeros = [sorted({f"{row.zero:.2f}" for row in column}) for column in columns.values()]

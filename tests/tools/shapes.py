@@ -1,9 +1,9 @@
 """Synthetic data sets and a tiny CLIP that is pretrained for them, so that nothing is downloaded.
 
 Every image is 32 x 32 pixels and shows one of 10 shapes in one of 4 textures and 8 colours. The
-tiny CLIP is OpenAI's architecture made small, pretrained on captions of such images. Its weights
-are tiny_clip.safetensors beside this file: 41 minutes of pretraining on two CPU cores, 99.8 %
-zero-shot accuracy on new images. To repeat the pretraining and overwrite the weights:
+tiny CLIP is OpenAI's architecture made small, pretrained on captions of such images. Its weights,
+tiny_clip.safetensors beside this file, took 41 minutes of pretraining on two CPU cores and reach
+99.8 % zero-shot accuracy on new images. To repeat the pretraining and overwrite the weights:
 
     python -m tests.tools.shapes
 
@@ -58,7 +58,7 @@ WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
 SOURCE = Path(__file__).read_bytes()  # read when the code is: the file may change later
 STAMP = ".rendered"  # hidden file in each folder, see _stamp
 
-# Share of the area that a training crop shows: the papers' least, 8 %, shows no shape here
+# Share of the area that a training crop shows: at the papers' minimum, 8 %, no shape is visible
 CROP = (0.5, 1.0)
 
 
@@ -102,8 +102,8 @@ COUNTS = {"train": 20, "val": 4, "test": 50}  # images per class
 
 
 def write(root, name):
-    """The folder of a task, or of "clip", the tiny CLIP, below root; it is written, at first beside
-    itself, unless this code has written it and no file is missing."""
+    """The folder of a task, or of "clip", the tiny CLIP, below root. Writes it through a temporary
+    folder, unless this version of the code has done so before and no file is missing."""
     folder = Path(root) / "shapes" / name
     if _is_current(folder, name):
         return folder
@@ -124,7 +124,7 @@ def write(root, name):
 
 
 def _stamp(folder, name):
-    """What the stamp of a folder must say: this code, for the CLIP its weights, number of files."""
+    """The stamp that a folder should have: a hash of code and weights, and its number of files."""
     weights = WEIGHTS.read_bytes() if name == "clip" else b""
     files = [path for path in folder.rglob("[!.]*") if path.is_file()]
     return f"{hashlib.sha256(SOURCE + weights).hexdigest()} {len(files)}"
@@ -179,7 +179,7 @@ def images(name):
     generator = torch.Generator().manual_seed(seed)
     for part, count in COUNTS.items():
         for class_name, look in task.classes.items():
-            # Random numbers even for what the class fixes: so the later ones are always the same
+            # Sample even what the class fixes, so that later random numbers are always the same
             attributes = random_attributes(count, generator)
             for attribute, words, fixed in zip(attributes, WORDS, look, strict=True):
                 if fixed:
@@ -279,7 +279,7 @@ def _marks(u, v, period):
 
 
 def shift(images, generator, colour=1.0, gamma=1.0, blur=1, grain=0.0, negative=False):
-    """Applies a shift that pretraining does not have to images (B, 3, 32, 32) in 0..1."""
+    """Applies a shift, absent from pretraining, to images (B, 3, 32, 32) in 0..1."""
     grey = images.mean(1, keepdim=True)
     images = (grey + colour * (images - grey)) ** gamma
     if negative:
@@ -327,8 +327,8 @@ def caption(attributes, fillers, rng):
     """One caption, and which of the four attributes it says, as bools.
 
     attributes: indices of shape, texture, colour and style. fillers: how many random words to put
-    around the name, so that the text tower has seen class names at all positions that they have
-    behind a learned context.
+    around the name, so that the text tower sees class names at every position that they can take
+    after a learned context.
     """
     shape, texture, colour, style = attributes
     says_shape = rng.random() < 0.88
@@ -360,14 +360,14 @@ def _sentence(name, fillers, rng):
 
 
 def caption_tokens():
-    """Sorted ids of all tokens that a caption can hold: the weights file has their rows alone."""
+    """Sorted ids of all tokens that a caption can hold; the weights file has only their rows."""
     texts = [*TEMPLATES, *FILLERS, *NOUNS, *SHAPES, *TEXTURES, *COLOURS, *STYLES]
     texts += ["X", "shapes textures colours"]  # the placeholder of a context, SoftCPT's task names
     return open_clip.get_tokenizer("ViT-B-32")(texts).unique()
 
 
 def pretrain(steps, seed=0, batch=256, lr=1e-3):
-    """Pretrains contrastively; a caption is a positive of every image that it is true of."""
+    """Pretrains contrastively; a caption is a positive for every image that it describes."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -402,7 +402,7 @@ def pretrain(steps, seed=0, batch=256, lr=1e-3):
 
 
 def _captioned(batch, rng, generator):
-    """Images (B, 3, 32, 32), as many captions, and which is true of which, (B images, B)."""
+    """Images (B, 3, 32, 32), as many captions, and a mask of the true pairs (B images, B)."""
     chosen = random_attributes(batch, generator)
     # Index 0, a clear image, is the most frequent: all numbers below 1 round down to it
     style = torch.rand(batch, generator=generator) * 6.5 - 2.5
@@ -420,15 +420,15 @@ def _captioned(batch, rng, generator):
 
 
 def _logit_scale(step, steps):
-    """Rises linearly from CLIP's first 1/0.07 to its final 100 over two thirds of the steps. If it
-    were learned it would settle near 27, too low for the papers' learning rates."""
+    """Rises linearly from CLIP's initial 1/0.07 to its final 100 in the first two thirds of the
+    steps. If learned, it would settle near 27, too low for the papers' learning rates."""
     progress = min(1, step / (steps * 2 / 3))
     return 1 / 0.07 + (100 - 1 / 0.07) * progress
 
 
 def _contrastive_loss(f, w, true, scale):
-    """CLIP's loss for features f, w (B, D), where the true captions of an image, by true (B images,
-    B captions), share the target's weight, and vice versa."""
+    """CLIP's loss for features f, w (B, D). An image's target weight is shared equally among its
+    true captions, as marked in true (B images, B captions), and vice versa."""
     of_images, of_captions = true.float(), true.float().T
     image_loss = F.cross_entropy(scale * f @ w.T, of_images / of_images.sum(1, keepdim=True))
     caption_loss = F.cross_entropy(scale * w @ f.T, of_captions / of_captions.sum(1, keepdim=True))
@@ -456,7 +456,7 @@ def zoom(images, generator):
 
 
 def distort(images, style, generator):
-    """The STYLES that captions name, mild; style (B,) of 0 leaves an image as it is."""
+    """Applies the STYLES that captions name, mildly; style (B,) 0 leaves an image unchanged."""
     B = len(images)
     strength = torch.rand(B, 1, 1, 1, generator=generator)
     framed = F.pad(images, (1, 1, 1, 1), mode="replicate")

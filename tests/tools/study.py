@@ -1,12 +1,12 @@
-"""UPT's study (Fig. 1 d, e): what text or image prompts gain, beside two variances of a data set.
+"""UPT's study (Fig. 1 d, e): gains of text and of image prompts, and two variances per data set.
 
     python upt.py --dataset shapes_steady --side text --epochs 50    # and the other sets and side
     python -m tests.tools.study
 
 The paper's claims: text prompts gain less where image features vary more within a class, image
-prompts where text features vary less between classes. Two pairs of synthetic data sets differ in
-one of the two variances each: the mean squared distance of unit features of CLIP, of the test
-images from their class's mean, and of the class names in the hand template from their mean.
+prompts where text features vary less between classes. Each of two pairs of synthetic data sets
+differs in one of these variances, mean squared distances of CLIP's unit features: of test images
+from their class's mean, and of class names, in the hand template, from the mean of all of them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ NOT_SHOWN = {*common.NOT_LEARNED, "dataset", "seed"}
 
 @torch.no_grad()
 def variances(clip, data):
-    """(Of the test images within classes, of the texts between classes)."""
+    """[variance of the test images within classes, of the texts between classes]."""
     images = [common.preprocess(common.decode(item[0]), clip.image_size) for item in data.test]
     f = common.unit_features(clip, common.normalize(clip, images))
     y = torch.tensor([label for _, label, _ in data.test])
