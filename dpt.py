@@ -1,6 +1,6 @@
 """DPT: prompts in both towers, the last visual ones made for the classes the image may show.
 
-    V    text context, learned     (1, M, d_t)     K    classes      k    top_k      M  n_ctx
+    V    text context, learned     (1, M, d_t)     K    classes   k    top_k, at most K   M  n_ctx
     P_l  visual prompts, learned   (P, d_v)        X    image tokens (B, 1+N, d_v)   R  ctx rows
     T    text prompt features      (K, D)          T0   hand template's, unit        (K, D)
     v    prompted image feature    (B, D)          z    frozen image feature, unit   (B, D)
@@ -13,7 +13,7 @@ Text side, and the "Zero-Shot CLIP Selector" of Fig. 2 (lines of trainers/DPT.py
     (2)  w = n(T)                                                          549
     (3)  T0_i = n(g(hand template of class i))                             504-518
     (4)  z = n(image feature of frozen CLIP)                               534-536
-    (5)  top = the min(k, K) classes i with the largest <z, T0_i>          538-541           Fig. 2
+    (5)  top = the k classes i with the largest <z, T0_i>                  538-541           Fig. 2
 
 Image side; (7) to (13) are CAVPT. The last --cavpt_layers blocks (1 by default) are class-aware,
 each with its own ctx, W, b and LN; every block before them has its own P_l:
@@ -38,7 +38,7 @@ Loss; (17) in the first `guidance` epochs, (18) in the later ones:
                                                                            553-558,660-661,685
     (18) L = CE(s <v, w>, y) + alpha L_ca                                  553-554,662-663,685
 
-The numbers are ours. W_q and W_k are (d_v, 32), one head, no bias; W_v and W_c have no bias either.
+Equation numbers are ours. W_q and W_k are (d_v, 32), one head; they, W_v and W_c have no bias.
 Prompts are built as in coop.py. The prediction is s <v, w> and does not use W_c; for other
 class names, T, T0 and top are recomputed. V, P_l and ctx are initialised from N(0, 0.02^2).
 

@@ -76,9 +76,9 @@ class Config(common.Config):
     task_n_ctx: int = 4  # m, learned context vectors of the task names
     task_context: Literal["shared", "specific"] = "shared"  # one U, or one per task
     class_n_ctx: int = 4  # n, learned context vectors of the class names
-    class_context: Literal["none", "shared", "specific"] = "none"  # V: NA, CA, CS
+    class_context: Literal["none", "shared", "specific"] = "none"  # no V, one, or one per class
     class_rate: float = 0.0  # with V: share of other classes per step; 0: 0.1 on general10, else 1
-    baseline: Literal["", "one context", "one per task"] = ""  # no W: CoOp-MT, or CoOp-CA
+    baseline: Literal["", "one context", "one per task"] = ""  # learn S itself, no W
     official: bool = False  # repeat each optimiser step, as the official code does
 
     usual_model: ClassVar[str] = "RN50"
@@ -253,7 +253,7 @@ def classifier(cfg, clip, prompt, data, target):
     """w (K, D) for the classes of target: one of data's tasks, or any data set. Raises Error."""
     names = [d.name for d in data.sets]
     known = target.name in names
-    t = names.index(target.name) if known else 0
+    t = names.index(target.name) if known else 0  # any will do: contexts are shared
     per_task = cfg.task_context == "specific" or cfg.baseline == "one per task"
     per_class = prompt.with_classes and cfg.class_context == "specific"
     if (per_task and not known) or (per_class and target.classnames != data.sets[t].classnames):

@@ -185,7 +185,7 @@ def rehearse(method, cfg, clip, data, prompt, batches=None, epochs=(0,), moving=
 
     with pytest.MonkeyPatch.context() as patch:
         if batches is not None:
-            patch.setattr(common, "Loader", lambda cfg, clip, data, crops=None: Batches(batches))
+            patch.setattr(common, "Loader", lambda cfg, clip, data: Batches(batches))
         patch.setattr(common, "resumed", resumed)
         patch.setattr(common.Optimizer, "step", step)
         method.train(cfg, clip, data, prompt)

@@ -57,7 +57,7 @@ def test_names_of_any_length_and_number_give_clips_own_features(clip, classes):
     assert close(ours, clip.encode_text(ids))
 
 
-def test_tokens_behind_eot_do_not_matter(clip):
+def test_tokens_after_eot_do_not_matter(clip):
     names = common.embed_names(clip, NAMES, 2)
     ours = common.encode_prompts(clip, names, words(clip, "a photo"))
     for k, eot in enumerate(names.eot.tolist()):
@@ -112,7 +112,7 @@ def test_without_prompts_the_image_features_are_clips_own(clip, odd, resnet):
     + [{0: (3, 4, 48), 2: (0, 48)}, {1: (2, 48)}],
     ids=["shallow", "deep", "mixed", "dropped", "in one layer"],
 )
-def test_prompts_join_stay_are_replaced_and_leave(odd, given):
+def test_prompts_are_inserted_kept_replaced_and_removed(odd, given):
     torch.manual_seed(0)
     images, asked = torch.rand(3, 3, 32, 32), []
     rows = {i: torch.randn(shape).requires_grad_() for i, shape in given.items()}

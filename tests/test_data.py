@@ -160,7 +160,7 @@ def test_the_few_shot_split_of_the_toy_lists_is_that_written_down(seed):
 # --------------------------------------------------------------------- folders of your own
 
 
-def test_a_folder_with_train_and_test_is_read_without_what_is_no_image(tmp_path):
+def test_files_that_are_not_images_are_ignored(tmp_path):
     for part in "train", "val", "test":
         tree(tmp_path / part, "cat/1.jpg", "a_dog/2.JPG", "a_dog/1.bmp", "cat/.1.jpg", ".git/1.jpg")
         tree(tmp_path / part, "cat/notes.txt", "list.txt", "9.jpg")

@@ -199,7 +199,7 @@ def test_the_cavpt_loss_is_zero_where_no_true_class_is_selected(odd):
     assert dpt.cavpt_loss([], top, torch.tensor([1, 2] * 3)) == 0
 
 
-def test_without_a_true_class_all_train_but_what_the_cavpt_loss_alone_reaches(odd):
+def test_without_a_true_class_only_norm_a_and_classify_get_a_zero_gradient(odd):
     cfg, prompt = initial(odd, top_k=1)
     images = normalized(odd, toy())
     top = (common.unit_features(odd, images) @ hand(odd).T).argmax(1)

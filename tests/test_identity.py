@@ -179,7 +179,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("stage", ["finished", "unfinished"])
 @pytest.mark.parametrize("change", [*LEARNED, *FACTS])
-def test_a_run_is_of_its_own_options_data_clip_and_code(
+def test_a_run_is_refused_or_noted_when_options_data_clip_or_code_change(
     change, stage, runs, quick, monkeypatch, tmp_path, capsys
 ):
     out = shutil.copytree(runs.out / stage, tmp_path / "runs")
@@ -384,7 +384,7 @@ def test_the_paper_s_schedule_belongs_to_the_benchmark(clip):
     assert len(schedule(coop, clip, toy()._replace(name="imagenet"))) == 50
 
 
-def test_a_model_that_is_typed_is_taken_though_it_is_the_default(monkeypatch):
+def test_an_explicit_model_overrides_the_data_sets_own(monkeypatch):
     asked = []
 
     def build(name, pretrained):

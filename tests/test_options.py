@@ -87,7 +87,7 @@ def test_a_script_gives_what_its_main_gives():
     assert common.script(lambda: 42.0) == 42
 
 
-def test_every_option_that_is_learned_from_has_its_own_folder():
+def test_every_option_that_changes_a_learnable_changes_the_folder():
     different = [{}, {"n_ctx": 4}, {"n_ctx": 44}, {"csc": True}, {"init": "a b"}, {"init": "a-b"}]
     different += [{"init": "a_b"}, {"init": "a/b"}, {"seed": 2}, {"shots": 1}, {"lr": 0.1}]
     different += [{"dataset": "textures"}, {"classes": "base"}, {"model": "RN50"}, {"epochs": 3}]
@@ -99,7 +99,7 @@ def test_every_option_that_is_learned_from_has_its_own_folder():
     assert common.run_folder(upt.Config()) != folder()
 
 
-def test_what_is_not_learned_from_does_not_move_a_run():
+def test_other_options_do_not_change_the_folder():
     same = {"transfer": "textures", "device": "cpu", "data": "x", "workers": 1, "force": True}
     assert folder(**same) == folder() == Path("runs", "coop", "shapes", "16shots_seed1")
 

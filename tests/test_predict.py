@@ -91,7 +91,9 @@ def test_accuracy_is_the_recorded_one_without_the_training_images(
     assert all(torch.equal(loaded[key], saved[key]) for key in saved | loaded)
     assert code == 0
     assert lines[0] == f"accuracy {row['accuracy']:.2f} on 8 images"
-    assert lines[1] == f"mean over classes {row['mean_class_accuracy']:.2f}, of 4 to choose from"
+    assert (
+        lines[1] == f"mean over classes {row['mean_class_accuracy']:.2f} (4 classes to choose from)"
+    )
     assert [line.split()[-1] for line in lines[2:6]] == names
     by_name = asked(run, "--dataset", "textures", "--data", rendered)
     assert by_name[:2] == (code, lines)
@@ -118,7 +120,7 @@ def test_confused_pairs_are_counted(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
         "accuracy 40.00 on 5 images",
-        "mean over classes 44.44, of 4 to choose from",
+        "mean over classes 44.44 (4 classes to choose from)",
     ]
     assert lines[2:5] == ["   33.33 on 3 of cat", "  100.00 on 1 of dog", "    0.00 on 1 of bird"]
     assert lines[5:] == ["  2 of 3 cat taken for dog", "  1 of 1 bird taken for cat"]
@@ -141,7 +143,7 @@ def test_some_of_the_runs_classes_are_classified_among_all_of_them(
     (tmp_path / "own/train").mkdir()
     code, lines, _ = asked(trained(coop, csc=True), tmp_path / "own")
     assert code == 0
-    assert lines[1].endswith("of 4 to choose from")
+    assert lines[1].endswith("(4 classes to choose from)")
 
 
 @pytest.mark.parametrize(
@@ -164,8 +166,8 @@ def test_names_given_on_the_spot_are_chosen_from(trained, images, asked, rendere
     code, lines, _ = asked(run, images[0], "--names", "red star, blue_ring", "--json")
     clip = common.load_clip(common.Config(model=f"local-dir:{rendered}/shapes/clip", device="cpu"))
     texts = clip.encode_text(clip.tokenize(["a photo red star.", "a photo blue ring."]))
-    view = common.preprocess(common.decode(images[0]), clip.image_size)
-    f = common.unit_features(clip, common.normalize(clip, [view]))
+    image = common.preprocess(common.decode(images[0]), clip.image_size)
+    f = common.unit_features(clip, common.normalize(clip, [image]))
     p = F.softmax(clip.scale * f @ F.normalize(texts, dim=-1).T, dim=-1)[0].tolist()
     answer = json.loads(lines[0])
     found = dict(zip(answer["classes"], answer["probabilities"], strict=True))
@@ -250,7 +252,7 @@ def test_a_run_that_does_not_fit_is_told_in_one_line(
         (["--dataset", "textures", "--task", "textures"], "are for IMAGES"),
         (
             ["x.png", "--attention", "a.png"],
-            "was trained by coop.py; --attention needs a run of dpt",
+            "--attention needs a run of dpt.py",
         ),
     ],
 )

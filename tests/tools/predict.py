@@ -172,8 +172,7 @@ def predict(run, options):
     """Prints what the run predicts for the images that are asked about. Raises Error."""
     items, target = question(run, options)
     if options.attention and not getattr(run.prompt, "cavpt", ()):
-        by = f"was trained by {run.method.__name__}.py"
-        raise common.Error(f"RUN {by}; --attention needs a run of dpt.py with --cavpt_layers")
+        raise common.Error("--attention needs a run of dpt.py with --cavpt_layers above 0")
     classifier = run.method.classifier(run.cfg, run.clip, run.prompt, run.data, target)
     batches = [items[i : i + common.TEST_BATCH] for i in range(0, len(items), common.TEST_BATCH)]
     pairs, sheet = [], []
@@ -234,7 +233,7 @@ def print_accuracy(pairs, names, stream):
     share = 100 * y[right].bincount(minlength=K) / total
     say = partial(print, file=stream)
     say(f"accuracy {100 * right.double().mean():.2f} on {len(pairs)} images")
-    say(f"mean over classes {share.nanmean():.2f}, of {K} to choose from")
+    say(f"mean over classes {share.nanmean():.2f}, ({K} classes to choose from)")
     for name, percent, n in zip(names, share, total, strict=True):
         if n:
             say(f"  {percent:6.2f} on {n} of {name}")
