@@ -91,9 +91,8 @@ def test_accuracy_is_the_recorded_one_without_the_training_images(
     assert all(torch.equal(loaded[key], saved[key]) for key in saved | loaded)
     assert code == 0
     assert lines[0] == f"accuracy {row['accuracy']:.2f} on 8 images"
-    assert (
-        lines[1] == f"mean over classes {row['mean_class_accuracy']:.2f} (4 classes to choose from)"
-    )
+    mean = f"{row['mean_class_accuracy']:.2f} (4 classes to choose from)"
+    assert lines[1] == f"mean over classes {mean}"
     assert [line.split()[-1] for line in lines[2:6]] == names
     by_name = asked(run, "--dataset", "textures", "--data", rendered)
     assert by_name[:2] == (code, lines)

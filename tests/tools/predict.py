@@ -233,7 +233,7 @@ def print_accuracy(pairs, names, stream):
     share = 100 * y[right].bincount(minlength=K) / total
     say = partial(print, file=stream)
     say(f"accuracy {100 * right.double().mean():.2f} on {len(pairs)} images")
-    say(f"mean over classes {share.nanmean():.2f}, ({K} classes to choose from)")
+    say(f"mean over classes {share.nanmean():.2f} ({K} classes to choose from)")
     for name, percent, n in zip(names, share, total, strict=True):
         if n:
             say(f"  {percent:6.2f} on {n} of {name}")
