@@ -49,7 +49,7 @@ https://arxiv.org/abs/2208.08340      official code: github.com/fanrena/DPT, com
     python dpt.py --dataset caltech101 --shots 16
     python -m tests.tools.predict RUN photo.jpg --attention map.png     # where CAVPT looks
 
-Result on shapes, 16 shots: 68.77 ± 1.20 % (n = 10; python dpt.py --seed SEED), 4 to 7 minutes each,
+Result on shapes, 16 shots: 68.59 ± 1.31 % (n = 15; python dpt.py --seed SEED), 4 to 7 minutes each,
 zero-shot 49.35; none on a benchmark yet.
 
 Limit cases: --cavpt_layers 0 is the official VLP (VPT-deep + CoOp + guidance; trainers/VLP.py);

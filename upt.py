@@ -25,7 +25,7 @@ found in the history of the fork pedramyamini2023/UPT
     python upt.py --dataset caltech101 --shots 16
     python upt.py --dataset caltech101 --shots 16 --official
 
-Result on shapes, 16 shots: 61.75 ± 2.10 % (n = 2; python upt.py --seed SEED), zero-shot 49.35;
+Result on shapes, 16 shots: 58.06 ± 2.96 % (n = 6; python upt.py --seed SEED), zero-shot 49.35;
 none on a benchmark yet.
 
 What the official code computes: nn.MultiheadAttention gets (1, 2M, d_t) without batch_first, so it
