@@ -313,9 +313,11 @@ def test_curves_are_means_over_seeds(written, tmp_path):
     written(value=50.0, shots=4)
     rows = report.read(tmp_path)
     ours, zero = plots.accuracies(rows)["dtd: accuracy (%)"]
-    assert ours == ("coop, RN50", "", [4, 16], [50.0, 65.0], [0.0, 5.0])
-    assert zero[3] == [50.0, 50.0]
-    *_, epochs, mean, std = plots.losses(rows)["dtd: loss"][1]
+    assert ours == ("coop, RN50", [4, 16], [50.0, 65.0], [0.0, 5.0])
+    assert zero[2] == [50.0, 50.0]
+    few, more = plots.losses(rows).items()
+    assert (few[0], more[0]) == ("dtd, 4 shots: loss", "dtd, 16 shots: loss")
+    ((_, epochs, mean, std),) = more[1]
     assert ([*epochs], mean.tolist(), std.tolist()) == ([1, 2], [2.0, 1.0], [1.0, 0.0])
 
 

@@ -12,8 +12,8 @@ COLUMNS = 4  # panels side by side
 
 
 def plot(rows, file):
-    """Draws an accuracy panel per data set and a loss panel per training set: means ± 1 std over
-    seeds. rows: the report's Rows. Raises Error."""
+    """Draws an accuracy panel per data set, and a loss panel per training set and number of
+    shots: means ± 1 std over seeds. rows: the report's Rows. Raises Error."""
     try:
         import matplotlib
 
@@ -58,7 +58,7 @@ def name_of(setting):
 
 
 def accuracies(rows):
-    """{title: [(line, text, shots, means, stds)]} of few-shot runs and tasks, and zero-shot CLIP,
+    """{title: [(line, shots, means, stds)]} of few-shot runs and tasks, and zero-shot CLIP,
     whose line is level."""
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
@@ -73,49 +73,49 @@ def accuracies(rows):
             shots = sorted(by_shots)
             means = [np.mean(by_shots[k]) for k in shots]
             stds = [np.std(by_shots[k]) for k in shots]
-            panels[title].append((line, "", shots, means, stds))
+            panels[title].append((line, shots, means, stds))
     return panels
 
 
 def losses(rows):
-    """{title: [(line, text, epochs, means, stds)]} of all runs that recorded their losses."""
+    """{title: [(line, epochs, means, stds)]} of all runs that recorded their losses."""
     runs = {}
     for row in rows:
         if row.losses and row.setting.kind != "transfer":
-            source = row.setting.source or row.on
-            title = f"{source}: loss" if row.half == "all" else f"{source}, base classes: loss"
+            half = ", base classes" * (row.half != "all")
+            shots = row.setting.shots or "all"
+            title = f"{row.setting.source or row.on}{half}, {shots} shots: loss"
             runs[title, row.setting, row.seed] = row.losses  # the same in every row of a run
     found = defaultdict(lambda: defaultdict(list))
-    for (title, setting, _), values in runs.items():
-        found[title][setting].append(values)
+    for title, setting, seed in sorted(runs, key=lambda run: run[1].shots):
+        found[title][setting].append(runs[title, setting, seed])
     panels = {}
     for title, lines in found.items():
         panels[title] = []
         for setting, seeds in lines.items():
             epochs = min(map(len, seeds))
             table = np.array([values[:epochs] for values in seeds])
-            text = f"{setting.shots} shots"
             curve = range(1, epochs + 1), table.mean(0), table.std(0)
-            panels[title].append((name_of(setting), text, *curve))
+            panels[title].append((name_of(setting), *curve))
     return panels
 
 
 def draw(axis, title, curves, colours):
-    """Draws one panel, with each text at the end of its curve."""
-    for line, text, x, mean, std in curves:
+    """Draws one panel."""
+    is_loss = title.endswith("loss")
+    for line, x, mean, std in curves:
         mean, std = np.array(mean), np.array(std)
         style = ":" if line.startswith("zero-shot") else "-"
-        marker = "" if text else "o"
+        marker = "" if is_loss else "o"
         colour = colours[line]
         axis.plot(x, mean, style, marker=marker, markersize=3, color=colour)
         axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2)
-        axis.annotate(text, (x[-1], mean[-1]), fontsize=6)
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3)
-    if title.endswith("loss"):
+    if is_loss:
         axis.set_xlabel("epoch")
         return
-    shots = sorted({k for curve in curves for k in curve[2]})
+    shots = sorted({k for curve in curves for k in curve[1]})
     axis.set_xscale("log", base=2)
     axis.set_xticks(shots, shots)
     axis.minorticks_off()
