@@ -43,6 +43,8 @@ INSIDE = {
 }
 THIRD_PARTY = ["eurosat", "stanford_cars", "sun397", "ucf101"]
 SHARED = Path(__file__).parents[2] / "shared"
+old = not hasattr(tarfile, "data_filter")
+pytestmark = pytest.mark.skipif(old, reason="needs Python 3.11.4")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="children share the server")
 
 
@@ -184,6 +186,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="^0$"):
         download.main(["--help"])
     assert "usage: python -m tests.tools.download" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_old_python_is_refused_before_anything_is_downloaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    assert "needs Python 3.11.4" in refused(capsys, "dtd", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

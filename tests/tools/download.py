@@ -89,6 +89,8 @@ def download(name, root):
     if name not in ARCHIVES:
         near = ", ".join(difflib.get_close_matches(name, ARCHIVES, 4, 0.4) or ARCHIVES)
         raise common.Error(f"no data set {name!r} to download; similar: {near}")
+    if not hasattr(tarfile, "data_filter"):
+        raise common.Error("unpacking archives safely needs Python 3.11.4 or later (3.10: 3.10.12)")
     folder, images, title, _ = common.BENCHMARKS[name]
     target, temporary = root / folder, root / f".{folder}.partial"
     target.mkdir(parents=True, exist_ok=True)
