@@ -87,8 +87,8 @@ def losses(rows):
             title = f"{row.setting.source or row.on}{half}, {shots} shots: loss"
             runs[title, row.setting, row.seed] = row.losses  # the same in every row of a run
     found = defaultdict(lambda: defaultdict(list))
-    for title, setting, seed in sorted(runs, key=lambda run: run[1].shots):
-        found[title][setting].append(runs[title, setting, seed])
+    for (title, setting, _), values in runs.items():
+        found[title][setting].append(values)
     panels = {}
     for title, lines in found.items():
         panels[title] = []
